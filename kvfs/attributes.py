@@ -1,0 +1,267 @@
+"""Attributes: mode, owner, times, size, pins, TTLs and extended attributes.
+
+The catalog is what the mount shows; backing files carry a copy, so that a walk can rebuild it.
+`user.kvfs.*` is a computed view, of which pin and ttl can be set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import Any
+
+from kvfs import heat
+from kvfs.blocks import Blocks
+from kvfs.catalog import BlockState, Inode, Kind
+from kvfs.errors import (
+    BlockStale,
+    FilesystemError,
+    InvalidOperation,
+    KvfsError,
+    NotPermitted,
+    TierOffline,
+)
+from kvfs.namespace import Namespace, set_owner
+from kvfs.open_block import OpenBlock
+from kvfs.replicas import Replicas
+from kvfs.seal import Seal
+from kvfs.tier import Tier
+from kvfs.units import parse_duration
+from kvfs.volume import Volume
+
+PREFIX = b"user.kvfs."
+PIN = b"user.kvfs.pin"
+TTL = b"user.kvfs.ttl"
+SOCKET = b"user.kvfs.socket"
+# What an ext4 inode with a block of xattrs takes; a tier must be able to carry them.
+XATTR_TOTAL_BYTES = 4096
+STATE_NAMES = {
+    BlockState.WRITING: "writing",
+    BlockState.PUBLISHED: "published",
+    BlockState.SEALED: "sealed",
+    BlockState.REOPENED: "reopened",
+}
+
+
+class Attributes:
+    """Owned by the trio loop."""
+
+    def __init__(
+        self, volume: Volume, replicas: Replicas, blocks: Blocks, namespace: Namespace
+    ) -> None:
+        self.volume = volume
+        self.replicas = replicas
+        self.blocks = blocks
+        self.namespace = namespace
+        self.socket_path = ""
+
+    # --- stat
+
+    async def set(
+        self, number: int, block: OpenBlock | None = None, *, size: int | None = None,
+        mode: int | None = None, uid: int | None = None, gid: int | None = None,
+        atime_ns: int | None = None, mtime_ns: int | None = None,
+    ) -> Inode:  # fmt: skip
+        """Change some attributes; the row after it. `block` is the handle's, when there is one."""
+        inode = self._inode(number)
+        if size is not None:
+            await self._set_size(inode, block, size)
+        columns: dict[str, Any] = {
+            key: value
+            for key, value in {
+                "mode": None if mode is None else mode & 0o7777, "uid": uid, "gid": gid,
+                "atime_ns": atime_ns, "mtime_ns": mtime_ns,
+            }.items() if value is not None
+        }  # fmt: skip
+        if columns:
+            columns["ctime_ns"] = int(self.volume.clock.now_s() * 1e9)
+            await self._set_columns(number, columns)
+        return self._inode(number)
+
+    def _inode(self, number: int) -> Inode:
+        inode = self.namespace.get(number)
+        if inode is None:
+            raise BlockStale("the inode is gone")
+        return inode
+
+    async def _set_size(self, inode: Inode, block: OpenBlock | None, size: int) -> None:
+        if inode.kind == Kind.DIRECTORY:
+            raise FilesystemError(errno.EISDIR)
+        if block is not None and block.writers and block.writer_fd >= 0:
+            await self.blocks.truncate(block, size)
+            return
+        block = await self.blocks.open_writer(inode.id)
+        try:
+            await self.blocks.truncate(block, size)
+        finally:
+            await self.blocks.close(block, writer=True)
+
+    async def _set_columns(self, number: int, columns: dict[str, Any]) -> None:
+        block = self.replicas.open_blocks.get(number)
+        if block is not None and block.written and "mtime_ns" in columns and block.descriptor >= 0:
+            times = (columns.get("atime_ns", columns["mtime_ns"]), columns["mtime_ns"])
+            await block.tier.run(_set_times, block.descriptor, times)
+        if block is not None and block.orphan is not None:
+            block.orphan = block.orphan._replace(**columns)
+            return
+        with self.volume.catalog.transaction():
+            self.volume.catalog.update(number, **columns)
+        inode = self._inode(number)
+        if inode.kind == Kind.DIRECTORY:
+            await self._mirror_directory(inode)
+        elif inode.state == BlockState.SEALED:
+            await self._on_replicas(inode, _rewrite_seal, inode)
+
+    async def _mirror_directory(self, inode: Inode) -> None:
+        first = self.volume.tiers[0]
+        path = self.volume.catalog.directory_path(inode.id)
+        if path is not None:
+            with contextlib.suppress(OSError, TierOffline):
+                await first.run(set_owner, first.locate(path), inode.mode, inode.uid, inode.gid)
+
+    async def _on_replicas(self, inode: Inode, function: Any, *args: Any) -> None:
+        """Call `function(tier, absolute path, *args)` on each copy that can be reached."""
+        path = await self.blocks.path_when_free(inode.id)
+        if inode.kind == Kind.DIRECTORY:
+            places = [(self.volume.tiers[0], False)]
+        else:
+            replicas = self.volume.catalog.replicas(inode.id)
+            places = [(self.volume.by_number[r.tier], bool(r.fanned)) for r in replicas]
+        for tier, fanned in places:
+            # The catalog has it; a tier that is away learns by fsck.
+            with contextlib.suppress(OSError, TierOffline):
+                await tier.run(function, tier, tier.locate(path, fanned), *args)
+
+    # --- xattrs
+
+    def get_xattr(self, number: int, name: bytes) -> bytes:
+        """Raises FilesystemError(ENODATA)."""
+        if not name.startswith(b"user."):
+            raise FilesystemError(errno.ENODATA)
+        if name == SOCKET and number == 1:
+            return os.fsencode(self.socket_path)
+        inode = self._inode(number)
+        if name.startswith(PREFIX):
+            value = self._computed(inode, name[len(PREFIX) :])
+        else:
+            value = self.volume.catalog.xattr(number, name)
+        if value is None:
+            raise FilesystemError(errno.ENODATA)
+        return value
+
+    def _computed(self, inode: Inode, name: bytes) -> bytes | None:
+        if name == b"pin":
+            return inode.pin.encode() if inode.pin else None
+        if name == b"ttl":
+            return f"{inode.ttl_s:g}s".encode() if inode.ttl_s else None
+        if inode.kind == Kind.DIRECTORY:
+            return None
+        if name == b"state":
+            return STATE_NAMES[BlockState(inode.state)].encode()
+        if name == b"checksum":
+            return b"xxh3-128:" + inode.checksum.hex().encode() if inode.checksum else None
+        if name == b"heat":
+            return f"{self.heat(inode.id):.3f}".encode()
+        names = self.replica_names(inode.id)
+        if name == b"replicas":
+            return ",".join(names).encode()
+        if name == b"tier":
+            return names[0].encode() if names else None
+        return None
+
+    def heat(self, number: int) -> float:
+        """The block's heat now."""
+        now_s = self.volume.clock.now_s()
+        stored = self.volume.catalog.tau_of(number)
+        tau = self.volume.accesses.tau(number, heat.never if stored is None else stored)
+        return heat.heat_at(tau, now_s, self.volume.config.tiering.half_life_s)
+
+    def replica_names(self, number: int) -> list[str]:
+        """The tiers that have the block, fastest first."""
+        tiers = [self.volume.by_number[r.tier] for r in self.volume.catalog.replicas(number)]
+        return [tier.name for tier in sorted(tiers, key=lambda tier: tier.index)]
+
+    def list_xattrs(self, number: int) -> list[bytes]:
+        """Foreign ones, and a pin or ttl that is set: what a copy of the file should carry."""
+        inode = self._inode(number)
+        names = [name for name, _ in self.volume.catalog.xattrs(number)]
+        return names + [PIN] * bool(inode.pin) + [TTL] * bool(inode.ttl_s)
+
+    async def set_xattr(self, number: int, name: bytes, value: bytes) -> None:
+        """Set a pin, a ttl or a foreign attribute; on every replica too."""
+        if not name.startswith(b"user."):
+            raise FilesystemError(errno.ENOTSUP)
+        inode = self._inode(number)
+        catalog = self.volume.catalog
+        if name == PIN:
+            catalog.update(number, pin=self.parse_pin(value))
+        elif name == TTL:
+            catalog.update(number, ttl_s=parse_ttl(value))
+        elif name.startswith(PREFIX):
+            raise NotPermitted(f"{name.decode()} cannot be set")
+        else:
+            taken = sum(len(n) + len(v) for n, v in catalog.xattrs(number) if n != name)
+            if taken + len(name) + len(value) > XATTR_TOTAL_BYTES:
+                raise FilesystemError(errno.ENOSPC)
+            catalog.set_xattr(number, name, value)
+        await self._on_replicas(inode, _mirror_xattr, name, value)
+
+    def parse_pin(self, value: bytes) -> str | None:
+        """None, '1' or a tier's name. Raises InvalidOperation."""
+        text = value.rstrip(b"\0").decode("ascii", "replace").strip()
+        if text in ("", "0"):
+            return None
+        if text != "1" and text not in {tier.name for tier in self.volume.tiers}:
+            raise InvalidOperation(f"a pin is 0, 1 or a tier's name, not {text!r}")
+        return text
+
+    async def remove_xattr(self, number: int, name: bytes) -> None:
+        """Raises FilesystemError(ENODATA) when it is not set."""
+        inode = self._inode(number)
+        catalog = self.volume.catalog
+        if name == PIN and inode.pin:
+            catalog.update(number, pin=None)
+        elif name == TTL and inode.ttl_s:
+            catalog.update(number, ttl_s=None)
+        elif name.startswith(PREFIX) and name not in (PIN, TTL):
+            raise NotPermitted(f"{name.decode()} cannot be removed")
+        elif not catalog.remove_xattr(number, name):
+            raise FilesystemError(errno.ENODATA)
+        await self._on_replicas(inode, _mirror_xattr, name, None)
+
+
+def parse_ttl(value: bytes) -> float | None:
+    """Seconds, or None to have no TTL. Raises InvalidOperation."""
+    text = value.rstrip(b"\0").decode("ascii", "replace").strip()
+    try:
+        seconds = parse_duration(text) if text else 0.0
+    except (ValueError, KvfsError) as error:
+        raise InvalidOperation(f"not a time: {error}") from None
+    return seconds or None
+
+
+def seal_from(inode: Inode) -> Seal:
+    """The seal record of a sealed row."""
+    assert inode.checksum is not None, "a sealed block has a checksum"
+    return Seal(
+        inode.id, inode.generation, inode.size_bytes, inode.checksum,
+        inode.mode, inode.uid, inode.gid, inode.mtime_ns,
+    )  # fmt: skip
+
+
+def _rewrite_seal(tier: Tier, absolute: bytes, inode: Inode) -> None:
+    tier.write_seal(absolute, seal_from(inode))
+
+
+def _mirror_xattr(tier: Tier, absolute: bytes, name: bytes, value: bytes | None) -> None:
+    if not tier.identity.probe.xattrs:
+        return
+    if value is None:
+        os.removexattr(absolute, name)
+    else:
+        os.setxattr(absolute, name, value)
+
+
+def _set_times(descriptor: int, times: tuple[int, int]) -> None:
+    os.utime(descriptor, ns=times)

@@ -1,0 +1,488 @@
+"""Bytes of blocks: create, open, read, write, truncate, fsync and close.
+
+All handles of a block share one `OpenBlock`. Its entry in the table is made before the first await,
+so whoever decides about the block meanwhile (mover, eviction) sees that it is open.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import tempfile
+
+import trio
+
+from kvfs import heat, layout
+from kvfs.catalog import SUSPECT, BlockState, Inode, Kind, Replica
+from kvfs.copying import copy_file, write_all
+from kvfs.errors import BlockExists, BlockStale, FilesystemError, TierFull, TierOffline
+from kvfs.open_block import OpenBlock
+from kvfs.replicas import Replicas, ghost_key
+from kvfs.space import PAGE_BYTES, rounded
+from kvfs.tier import Tier
+from kvfs.volume import Volume
+
+log = logging.getLogger(__name__)
+
+
+class Blocks:
+    """Owned by the trio loop."""
+
+    def __init__(self, volume: Volume, replicas: Replicas) -> None:
+        self.volume = volume
+        self.replicas = replicas
+        self._open = replicas.open_blocks
+
+    # --- opening
+
+    async def create(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int
+    ) -> tuple[Inode, OpenBlock]:
+        """A new block in state writing, open for writing. Raises BlockExists, TierFull."""
+        catalog, volume = self.volume.catalog, self.volume
+        layout.check_name(name)
+        directory = catalog.directory_path(parent)
+        if directory is None:
+            raise FilesystemError(errno.ENOENT)
+        path = layout.join(directory, name)
+        self.check_length(path)
+        keys = (parent, layout.namespace_of(path))
+        tier, reservation = await self.replicas.place(PAGE_BYTES, *keys)
+        try:
+            await volume.claims.wait(path)
+            if catalog.lookup(parent, name) is not None:
+                raise BlockExists(os.fsdecode(path))
+            fanned = catalog.is_crowded(parent)
+            inode = self._insert(parent, name, path, (mode, uid, gid), tier, fanned)
+        except BaseException:
+            reservation.release()
+            raise
+        block = OpenBlock(inode.id, tier, writers=1, reservation=reservation, written=True)
+        self._open[inode.id] = block
+        try:
+            async with block.lock:
+                block.writer_fd = await self._make_file(tier, path, fanned, inode)
+        except BaseException:
+            self._undo_create(block, inode)
+            raise
+        volume.counters.count("creates")
+        return inode, block
+
+    def check_length(self, path: bytes) -> None:
+        """ENAMETOOLONG for what some tier could not store."""
+        longest = max(len(tier.root) for tier in self.volume.tiers)
+        if longest + len(path) > layout.PATH_MAX_BYTES:
+            raise FilesystemError(errno.ENAMETOOLONG)
+
+    def _insert(
+        self, parent: int, name: bytes, path: bytes, owner: tuple[int, int, int],
+        tier: Tier, fanned: bool,
+    ) -> Inode:  # fmt: skip
+        catalog, volume = self.volume.catalog, self.volume
+        now_s = volume.clock.now_s()
+        mode, uid, gid = owner
+        with catalog.transaction():
+            number = catalog.insert_inode(
+                Kind.BLOCK, stat.S_IMODE(mode), uid, gid, int(now_s * 1e9)
+            )
+            catalog.link(parent, name, number)
+            ghost = catalog.take_ghost(ghost_key(path))
+            tau = heat.touch(ghost or heat.never, now_s, volume.config.tiering.half_life_s)
+            catalog.add_replica(number, tier.number, 0, tau, fanned=fanned)
+        volume.space.add(tier.index, 0)
+        volume.blocks += 1
+        inode = catalog.get(number)
+        assert inode is not None
+        return inode
+
+    async def _make_file(self, tier: Tier, path: bytes, fanned: bool, inode: Inode) -> int:
+        try:
+            return await tier.run_open(create_file, tier, path, fanned, inode)
+        except OSError as error:
+            # ext4 refuses names of a crowded directory with space and inodes free.
+            if error.errno != errno.ENOSPC or fanned or tier.free_bytes() < PAGE_BYTES:
+                raise
+            with self.volume.catalog.transaction():
+                self.volume.catalog.set_fanned(inode.id, tier.number, True)
+            return await tier.run_open(create_file, tier, path, True, inode)
+
+    def _undo_create(self, block: OpenBlock, inode: Inode) -> None:
+        with self.volume.catalog.transaction():
+            self.volume.catalog.delete(inode.id)
+        self.volume.space.remove(block.tier.index, 0)
+        self.volume.blocks -= 1
+        if block.reservation:
+            block.reservation.release()
+        del self._open[inode.id]
+
+    async def path_when_free(self, inode: int) -> bytes:
+        """The path of a block, once nobody is changing it. Raises BlockStale."""
+        while True:
+            path = self.volume.catalog.path_of(inode)
+            if path is None:
+                raise BlockStale("the block is gone")
+            if self.volume.claims.is_free(path):
+                return path
+            await self.volume.claims.wait(path)
+
+    async def open_reader(self, inode: int) -> OpenBlock:
+        """Open for reading on the fastest replica, or the one that is open already.
+
+        Raises BlockStale (gone: the kernel looks the name up again), TierOffline.
+        """
+        while True:
+            block = self._open.get(inode)
+            if block is None:
+                block = OpenBlock(inode, self._choose(inode)[0])
+                self._open[inode] = block
+            block.readers += 1
+            try:
+                if block.descriptor < 0:
+                    await self._open_descriptor(block)
+            except FileNotFoundError:
+                self._drop_user(block, writer=False)
+                row = self.volume.catalog.get(inode)
+                if row is not None:
+                    self.replicas.lose(row, block.tier)
+                continue
+            except BaseException:
+                self._drop_user(block, writer=False)
+                raise
+            self.volume.counters.tier(block.tier.index).opens += 1
+            return block
+
+    def _choose(self, inode: int) -> tuple[Tier, int]:
+        """The replica to open: its tier and allocated bytes."""
+        readable = self.replicas.readable(inode)
+        if readable:
+            tier, replica = readable[0]
+            return tier, replica.allocated_bytes
+        if self.volume.catalog.replicas(inode):
+            raise TierOffline("every tier with a replica is offline")
+        raise BlockStale("the block is gone")
+
+    async def _open_descriptor(self, block: OpenBlock) -> None:
+        async with block.lock:
+            if block.descriptor >= 0:
+                return
+            path = await self.path_when_free(block.inode)
+            replica = self._replica_of(block)
+            if replica is None:
+                raise FileNotFoundError(errno.ENOENT, "the replica went away")
+            fanned = bool(replica.fanned)
+            row = self.volume.catalog.get(block.inode)
+            expected = row.size_bytes if row and row.state == BlockState.SEALED else None
+            if block.tier.remote:
+                fetched = await self._fetch(block, path, fanned, expected)
+                if fetched >= 0:
+                    block.reader_fd, block.fetched = fetched, True
+                    return
+            block.reader_fd = await block.tier.run_open(
+                open_file, block.tier, path, fanned, os.O_RDONLY, expected
+            )
+
+    def _replica_of(self, block: OpenBlock) -> Replica | None:
+        for replica in self.volume.catalog.replicas(block.inode):
+            if replica.tier == block.tier.number:
+                return replica
+        return None
+
+    async def _fetch(
+        self, block: OpenBlock, path: bytes, fanned: bool, expected: int | None
+    ) -> int:
+        """Bring a remote block whole into local staging, so that no later read can fail.
+
+        -1 when the fastest tier has no room: the block is then read where it lies.
+        """
+        local = self.volume.tiers[0]
+        if local.remote or expected is None:
+            return -1
+        reservation = self.volume.space.reserve(local.index, rounded(expected))
+        if reservation is None:
+            return -1
+        try:
+            descriptor = await block.tier.run_open(
+                fetch_file, block.tier, path, fanned, expected, local.root
+            )
+        except BaseException:
+            reservation.release()
+            raise
+        block.reservation = reservation
+        return descriptor
+
+    async def open_writer(self, inode: int, *, truncate: bool = False) -> OpenBlock:
+        """Open an existing block for writing; a sealed one is reopened.
+
+        Its other replicas are suspect until the last close decides whether it changed.
+        """
+        path = await self.path_when_free(inode)
+        block = self._open.get(inode)
+        if block is None:
+            block = OpenBlock(inode, self._choose(inode)[0])
+            self._open[inode] = block
+        block.writers += 1
+        try:
+            async with block.lock:
+                if block.writer_fd < 0:
+                    await self._become_writable(block, path)
+            if truncate:
+                await self.truncate(block, 0)
+        except BaseException:
+            await self.close(block, writer=True)
+            raise
+        return block
+
+    async def _become_writable(self, block: OpenBlock, path: bytes) -> None:
+        """Open the replica's file for writing and unseal the block. `block.lock` is held."""
+        replica = self._replica_of(block)
+        if replica is None:
+            raise BlockStale("the block is gone")
+        descriptor = await block.tier.run_open(
+            open_file, block.tier, path, bool(replica.fanned), os.O_RDWR, None
+        )
+        if block.fetched:
+            os.close(block.reader_fd)
+            block.reader_fd, block.fetched = -1, False
+        if block.reservation:
+            block.reservation.release()
+        block.writer_fd = descriptor
+        block.accounted_bytes = replica.allocated_bytes
+        block.reservation = self.volume.space.reserve(block.tier.index, 0)
+        await block.tier.run(block.tier.clear_seal, block.tier.locate(path, bool(replica.fanned)))
+        self._unseal(block)
+
+    def _unseal(self, block: OpenBlock) -> None:
+        catalog = self.volume.catalog
+        row = catalog.get(block.inode)
+        if row is None:
+            return
+        with catalog.transaction():
+            if row.state in (BlockState.SEALED, BlockState.REOPENED):
+                catalog.update(row.id, state=int(BlockState.REOPENED))
+                catalog.set_replica_states(row.id, SUSPECT, besides=block.tier.number)
+            else:
+                catalog.update(row.id, state=int(BlockState.WRITING))
+
+    # --- bytes
+
+    async def read(self, block: OpenBlock, offset: int, size: int) -> bytes:
+        """Up to `size` bytes; short only at the end of the file."""
+        if block.local and not block.lock.locked():
+            data = os.pread(block.descriptor, size, offset)
+        elif block.writers:
+            async with block.lock:
+                data = await block.tier.run(os.pread, block.descriptor, size, offset)
+        else:
+            data = await block.tier.run(os.pread, block.descriptor, size, offset)
+        self.volume.counters.tier(block.tier.index).bytes_read += len(data)
+        return data
+
+    async def write(self, block: OpenBlock, offset: int, data: bytes) -> int:
+        """All of `data`. Raises TierFull, TierOffline, OSError."""
+        end = offset + len(data)
+        block.written = True
+        done = False
+        if block.tier.inline and not block.lock.locked() and self._cover(block, end):
+            done = _try_write(block.writer_fd, data, offset)
+        if not done:
+            async with block.lock:
+                await self._write_locked(block, offset, data)
+        self.volume.counters.tier(block.tier.index).bytes_written += len(data)
+        return len(data)
+
+    async def _write_locked(self, block: OpenBlock, offset: int, data: bytes) -> None:
+        end = offset + len(data)
+        while True:
+            if self._cover(block, end) and await block.tier.run(
+                _try_write, block.writer_fd, data, offset
+            ):
+                return
+            await self._spill(block, end)
+
+    def _cover(self, block: OpenBlock, end: int) -> bool:
+        """Whether a file of `end` bytes is within what the block has been granted."""
+        assert block.reservation is not None, "an open writer has a reservation"
+        return block.reservation.grow_to(rounded(end) - block.accounted_bytes - block.held_bytes)
+
+    async def _spill(self, block: OpenBlock, end: int) -> None:
+        """The tier is full: the partial file goes on to the next one. `block.lock` is held."""
+        if block.orphan is not None:
+            raise TierFull("a file without a name does not move")
+        target, reservation = await self.replicas.place(end, after=block.tier.index)
+        try:
+            path = await self.path_when_free(block.inode)
+            async with self.volume.claims.hold(path):
+                await self._continue_on(block, target, path)
+        except BaseException:
+            reservation.release()
+            raise
+        if block.reservation:
+            block.reservation.release()
+        block.reservation = reservation
+        self.volume.counters.count("spills")
+
+    async def _continue_on(self, block: OpenBlock, target: Tier, path: bytes) -> None:
+        catalog, source = self.volume.catalog, block.tier
+        row, replica = catalog.get(block.inode), self._replica_of(block)
+        if row is None or replica is None:
+            raise BlockStale("the block is gone")
+        fanned = bool(replica.fanned)
+        descriptor = await target.run_open(create_file, target, path, fanned, row)
+        await target.run(copy_file, block.writer_fd, descriptor)
+        with catalog.transaction():
+            promised = self.replicas.promise_removal(row.id, path, [replica], inline_too=True)
+            catalog.drop_replica(row.id, source.number)
+            catalog.add_replica(row.id, target.number, 0, replica.tau, fanned=fanned)
+        self.volume.space.remove(source.index, replica.allocated_bytes)
+        self.volume.space.add(target.index, 0)
+        block.close_descriptors()
+        block.tier, block.writer_fd, block.accounted_bytes = target, descriptor, 0
+        await source.run(source.remove, path, fanned)
+        catalog.intent_done(promised[source.number])
+
+    async def truncate(self, block: OpenBlock, size: int) -> None:
+        """Set the length of a block that is open for writing."""
+        block.written = True
+        async with block.lock:
+            if not self._cover(block, size):
+                await self._spill(block, size)
+            await block.tier.run(os.ftruncate, block.writer_fd, size)
+
+    async def fsync(self, block: OpenBlock, *, data_only: bool) -> None:
+        """Bytes are on the medium, and a file still being written is published."""
+        flush = os.fdatasync if data_only else os.fsync
+        if block.descriptor >= 0 and not block.fetched:
+            await trio.to_thread.run_sync(flush, block.descriptor, limiter=block.tier.limiter)
+        row = self.volume.catalog.get(block.inode)
+        if block.writers and row and row.state == BlockState.WRITING and not block.orphan:
+            size = os.fstat(block.writer_fd).st_size
+            with self.volume.catalog.transaction():
+                self.volume.catalog.update(row.id, state=int(BlockState.PUBLISHED), size_bytes=size)
+
+    # --- closing
+
+    async def close(self, block: OpenBlock, *, writer: bool) -> None:
+        """One handle is gone. Never raises for what the tier does: nobody would hear it."""
+        if not writer:
+            self._drop_user(block, writer=False)
+            return
+        if block.writers == 1 and block.writer_fd >= 0:
+            async with block.lock:
+                if block.writers == 1:
+                    await self._finish_writing(block)
+        self._drop_user(block, writer=True)
+
+    def _drop_user(self, block: OpenBlock, *, writer: bool) -> None:
+        if writer:
+            block.writers -= 1
+        else:
+            block.readers -= 1
+        if block.users:
+            return
+        if self._open.get(block.inode) is block:
+            del self._open[block.inode]
+        block.close_descriptors()
+        if block.reservation:
+            block.reservation.release()
+        self.volume.space[block.tier.index].held_bytes -= block.held_bytes
+        block.held_bytes = 0
+
+    async def _finish_writing(self, block: OpenBlock) -> None:
+        """The last writer closes: record size and allocation, let the sealer have it."""
+        try:
+            status = await block.tier.run(os.fstat, block.writer_fd)
+        except (OSError, TierOffline) as error:
+            log.error("tier %s: close of inode %d: %s", block.tier.name, block.inode, error)
+            return
+        if block.orphan is None:
+            self._record(block, status)
+        if block.readers and block.writer_fd >= 0 and block.reader_fd < 0:
+            block.reader_fd = os.open(
+                f"/proc/self/fd/{block.writer_fd}", os.O_RDONLY | os.O_CLOEXEC
+            )
+        os.close(block.writer_fd)
+        block.writer_fd = -1
+        if block.reservation:
+            block.reservation.release()
+        if block.orphan is None:
+            self.volume.request_seal(block.inode)
+
+    def _record(self, block: OpenBlock, status: os.stat_result) -> None:
+        volume = self.volume
+        allocated = status.st_blocks * 512
+        with volume.catalog.transaction():
+            volume.catalog.update(block.inode, **written_attributes(status))
+            volume.catalog.set_allocated(block.inode, block.tier.number, allocated)
+        volume.space.resize(block.tier.index, block.accounted_bytes, allocated)
+        block.accounted_bytes = allocated
+        entry = volume.catalog.entry(block.inode)
+        path = volume.catalog.path_of(block.inode)
+        if entry and path:
+            volume.space.learn(status.st_size, entry[0], layout.namespace_of(path))
+
+
+def written_attributes(status: os.stat_result) -> dict[str, int]:
+    """What the catalog takes over from a backing file."""
+    return {
+        "size_bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+    }
+
+
+def _try_write(descriptor: int, data: bytes, offset: int) -> bool:
+    """False when the medium is full; what was written then is written again elsewhere."""
+    try:
+        write_all(descriptor, data, offset)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return False
+    return True
+
+
+def create_file(tier: Tier, path: bytes, fanned: bool, inode: Inode) -> int:
+    """A new backing file, open for reading and writing. Blocking.
+
+    A file that is there already belongs to no block (the catalog was asked): its readers keep it,
+    its name goes.
+    """
+    absolute = tier.locate(path, fanned)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    for _ in range(8):
+        try:
+            descriptor = os.open(absolute, flags, 0o600)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(absolute), exist_ok=True)
+        except FileExistsError:
+            os.unlink(absolute)
+        else:
+            if os.geteuid() == 0 and (inode.uid, inode.gid) != (0, 0):
+                os.fchown(descriptor, inode.uid, inode.gid)
+            return descriptor
+    raise OSError(errno.EBUSY, "its directory keeps vanishing", os.fsdecode(absolute))
+
+
+def open_file(tier: Tier, path: bytes, fanned: bool, flags: int, expected: int | None) -> int:
+    """Open a backing file. One that has not the length of its seal is as good as missing."""
+    absolute = tier.locate(path, fanned)
+    descriptor = os.open(absolute, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if expected is not None and (size := os.fstat(descriptor).st_size) != expected:
+        os.close(descriptor)
+        log.error("%s has %d bytes, sealed with %d", os.fsdecode(absolute), size, expected)
+        raise FileNotFoundError(errno.ENOENT, "not the sealed length", os.fsdecode(absolute))
+    return descriptor
+
+
+def fetch_file(tier: Tier, path: bytes, fanned: bool, expected: int, local_root: bytes) -> int:
+    """Copy a backing file into a nameless local one; its descriptor. Blocking."""
+    source = open_file(tier, path, fanned, os.O_RDONLY, expected)
+    try:
+        staging = os.fsdecode(local_root + b"/" + layout.STAGING_DIR)
+        with tempfile.TemporaryFile(dir=staging) as target:
+            copy_file(source, target.fileno())
+            return os.dup(target.fileno())
+    finally:
+        os.close(source)

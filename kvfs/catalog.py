@@ -1,0 +1,530 @@
+"""The catalog: every row of the namespace, in SQLite.
+
+Owned by the trio loop: point queries and single-row transactions run on it directly (microseconds);
+scans belong to `kvfs.scans` on read-only connections in worker threads. Knows nothing of tiers'
+files. Callers keep several changes together with `transaction()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvfs import layout, schema
+from kvfs.errors import CatalogError
+
+ROOT_INODE = 1
+DIRECTORY_PATHS_CACHED = 16_384
+BATCH_ROWS = 500
+
+
+class Kind(IntEnum):
+    DIRECTORY = 0
+    BLOCK = 1
+
+
+class BlockState(IntEnum):
+    """writing -> published -> sealed; a sealed block opened for writing is reopened."""
+
+    WRITING = 0
+    PUBLISHED = 1
+    SEALED = 2
+    REOPENED = 3
+
+
+class Inode(NamedTuple):
+    """One row of `inode`."""
+
+    id: int
+    kind: int
+    mode: int
+    uid: int
+    gid: int
+    size_bytes: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    generation: int
+    state: int
+    checksum: bytes | None
+    pin: str | None
+    ttl_s: float | None
+
+
+class Replica(NamedTuple):
+    """One row of `replica`."""
+
+    inode: int
+    tier: int
+    allocated_bytes: int
+    state: int
+    fanned: int
+    tau: float
+
+
+class Intent(NamedTuple):
+    """One row of `intent`."""
+
+    id: int
+    tier: int
+    kind: str
+    inode: int
+    path: bytes
+    target: bytes | None
+
+
+GOOD, SUSPECT = 0, 1
+_INODE = ", ".join(f"i.{column}" for column in Inode._fields)
+_REPLICA = ", ".join(Replica._fields)
+
+
+class Catalog:
+    """The write connection. Used by the trio loop only."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create. Raises CatalogError (newer schema) or sqlite3.DatabaseError (corrupt)."""
+        self.path = path
+        self._db = sqlite3.connect(path, isolation_level=None, cached_statements=256)
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute("PRAGMA cache_size = -16384")
+            # A service checkpoints from a thread: an fsync would stop the loop.
+            self._db.execute("PRAGMA wal_autocheckpoint = 0")
+            self.created = schema.prepare(self._db)
+        except BaseException:
+            self._db.close()
+            raise
+        self._paths: OrderedDict[int, bytes] = OrderedDict()
+        self._names: dict[int, int] = {}
+        self._intents_done: list[int] = []
+        self.fan_out_names = layout.FAN_OUT_NAMES
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """For short queries of `kvfs.scans` on the loop."""
+        return self._db
+
+    def close(self) -> None:
+        self.checkpoint(self._db)
+        self._db.close()
+
+    @staticmethod
+    def checkpoint(connection: sqlite3.Connection) -> None:
+        """Move the log into the database; cheap to repeat."""
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+    def reader(self) -> sqlite3.Connection:
+        """A read-only connection for a worker thread, which closes it."""
+        connection = sqlite3.connect(
+            f"file:{self.path}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA query_only = 1")
+        connection.execute("PRAGMA cache_size = -8192")
+        return connection
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing. There is no await between the statements of one."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            if self._intents_done:
+                self._db.executemany(
+                    "DELETE FROM intent WHERE id = ?", [(i,) for i in self._intents_done]
+                )
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        self._intents_done.clear()
+
+    # --- meta and tiers
+
+    def meta(self, key: str) -> str | None:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def set_meta(self, key: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def known_tiers(self) -> list[tuple[int, str, str, str]]:
+        """(number, uuid, name, path) of each tier ever used."""
+        return self._db.execute("SELECT number, uuid, name, path FROM tier").fetchall()
+
+    def tier_number(self, uuid: str, name: str, path: str) -> int:
+        """The number of this tier, registered or brought up to date."""
+        self._db.execute(
+            "INSERT INTO tier (uuid, name, path) VALUES (?, ?, ?)"
+            " ON CONFLICT (uuid) DO UPDATE SET name = excluded.name, path = excluded.path",
+            (uuid, name, path),
+        )
+        row = self._db.execute("SELECT number FROM tier WHERE uuid = ?", (uuid,)).fetchone()
+        return int(row[0])
+
+    def forget_tier(self, number: int) -> None:
+        """Drop the tier and its replicas; blocks without any other are gone."""
+        with self.transaction():
+            self._db.execute("DELETE FROM replica WHERE tier = ?", (number,))
+            self._db.execute("DELETE FROM intent WHERE tier = ?", (number,))
+            self._db.execute("DELETE FROM tier WHERE number = ?", (number,))
+            lost = self._db.execute(
+                "SELECT id FROM inode i WHERE kind = 1"
+                " AND NOT EXISTS (SELECT 1 FROM replica r WHERE r.inode = i.id)"
+            ).fetchall()
+            for (inode,) in lost:
+                self._delete_rows(inode)
+
+    def sole_replicas(self, number: int) -> int:
+        """How many blocks live on this tier only."""
+        row = self._db.execute(
+            "SELECT count(*) FROM replica r WHERE tier = ? AND NOT EXISTS"
+            " (SELECT 1 FROM replica o WHERE o.inode = r.inode AND o.tier != r.tier)",
+            (number,),
+        ).fetchone()
+        return int(row[0])
+
+    def usage(self) -> dict[int, tuple[int, int]]:
+        """Per tier number: replicas, allocated bytes. A scan: at mount only."""
+        rows = self._db.execute(
+            "SELECT tier, count(*), sum(allocated_bytes) FROM replica GROUP BY tier"
+        )
+        return {tier: (count, size) for tier, count, size in rows}
+
+    def duplicate_bytes(self) -> int:
+        """Bytes of replicas beyond the largest of each block. A scan: at mount only."""
+        row = self._db.execute(
+            "SELECT coalesce(sum(extra), 0) FROM (SELECT sum(allocated_bytes)"
+            " - max(allocated_bytes) AS extra FROM replica GROUP BY inode HAVING count(*) > 1)"
+        ).fetchone()
+        return int(row[0])
+
+    def orphans(self) -> list[int]:
+        """Inodes without a name, and blocks without a replica. A scan."""
+        rows = self._db.execute(
+            "SELECT id FROM inode i WHERE id != 1 AND (NOT EXISTS"
+            " (SELECT 1 FROM dirent d WHERE d.inode = i.id) OR (kind = 1 AND NOT EXISTS"
+            " (SELECT 1 FROM replica r WHERE r.inode = i.id)))"
+        )
+        return [row[0] for row in rows]
+
+    def totals(self) -> tuple[int, int]:
+        """How many blocks and directories there are. A scan: at mount only."""
+        rows = dict(self._db.execute("SELECT kind, count(*) FROM inode GROUP BY kind"))
+        return rows.get(Kind.BLOCK, 0), rows.get(Kind.DIRECTORY, 0)
+
+    # --- names
+
+    def lookup(self, parent: int, name: bytes) -> Inode | None:
+        row = self._db.execute(
+            f"SELECT {_INODE} FROM dirent d JOIN inode i ON i.id = d.inode"
+            " WHERE d.parent = ? AND d.name = ?",
+            (parent, name),
+        ).fetchone()
+        return Inode._make(row) if row else None
+
+    def get(self, inode: int) -> Inode | None:
+        row = self._db.execute(f"SELECT {_INODE} FROM inode i WHERE id = ?", (inode,)).fetchone()
+        return Inode._make(row) if row else None
+
+    def entry(self, inode: int) -> tuple[int, bytes] | None:
+        """(parent, name) of an inode; None for the root and for what has no name."""
+        row = self._db.execute(
+            "SELECT parent, name FROM dirent WHERE inode = ?", (inode,)
+        ).fetchone()
+        return (row[0], row[1]) if row else None
+
+    def path_of(self, inode: int) -> bytes | None:
+        """The path of a block or directory; None when it has no name any more."""
+        if inode == ROOT_INODE:
+            return b""
+        entry = self.entry(inode)
+        if entry is None:
+            return None
+        directory = self.directory_path(entry[0])
+        return None if directory is None else layout.join(directory, entry[1])
+
+    def directory_path(self, inode: int) -> bytes | None:
+        """`path_of` for directories, from a bounded cache."""
+        cached = self._paths.get(inode)
+        if cached is not None:
+            self._paths.move_to_end(inode)
+            return cached
+        path = self.path_of(inode)
+        if path is not None:
+            self._paths[inode] = path
+            if len(self._paths) > DIRECTORY_PATHS_CACHED:
+                self._paths.popitem(last=False)
+        return path
+
+    def resolve(self, path: bytes) -> Inode | None:
+        """The inode at a path."""
+        inode = self.get(ROOT_INODE)
+        for name in path.split(b"/") if path else ():
+            if inode is None:
+                return None
+            inode = self.lookup(inode.id, name)
+        return inode
+
+    def children(self, parent: int, after: int, limit: int) -> list[tuple[bytes, Inode]]:
+        """Up to `limit` entries of a directory whose inode is above `after`, in that order."""
+        rows = self._db.execute(
+            f"SELECT d.name, {_INODE} FROM dirent d JOIN inode i ON i.id = d.inode"
+            " WHERE d.parent = ? AND d.inode > ? ORDER BY d.inode LIMIT ?",
+            (parent, after, limit),
+        )
+        return [(row[0], Inode._make(row[1:])) for row in rows]
+
+    def has_children(self, parent: int) -> bool:
+        row = self._db.execute(
+            "SELECT 1 FROM dirent WHERE parent = ? LIMIT 1", (parent,)
+        ).fetchone()
+        return row is not None
+
+    def is_crowded(self, parent: int) -> bool:
+        """Whether the directory has as many names as one on-disk directory should.
+
+        Counted once, then kept up: a count of a million names is no point query.
+        """
+        count = self._names.get(parent)
+        if count is None:
+            (count,) = self._db.execute(
+                "SELECT count(*) FROM dirent WHERE parent = ?", (parent,)
+            ).fetchone()
+            if len(self._names) >= DIRECTORY_PATHS_CACHED:
+                self._names.pop(next(iter(self._names)))
+            self._names[parent] = count
+        return count >= self.fan_out_names
+
+    def _count_name(self, parent: int, change: int) -> None:
+        if parent in self._names:
+            self._names[parent] += change
+
+    def insert_inode(
+        self, kind: Kind, mode: int, uid: int, gid: int, now_ns: int, *,
+        inode: int | None = None, size_bytes: int = 0, generation: int = 1,
+        state: BlockState = BlockState.WRITING, checksum: bytes | None = None,
+    ) -> int:  # fmt: skip
+        cursor = self._db.execute(
+            "INSERT INTO inode (id, kind, mode, uid, gid, size_bytes, atime_ns, mtime_ns,"
+            " ctime_ns, generation, state, checksum) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+            (inode, kind, mode, uid, gid, size_bytes, now_ns, now_ns, now_ns,
+             generation, state, checksum),
+        )  # fmt: skip
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def link(self, parent: int, name: bytes, inode: int) -> None:
+        self._db.execute("INSERT INTO dirent VALUES (?, ?, ?)", (inode, parent, name))
+        self._count_name(parent, 1)
+
+    def relink(self, inode: int, parent: int, name: bytes) -> None:
+        """Give an inode another name."""
+        row = self._db.execute("SELECT parent FROM dirent WHERE inode = ?", (inode,)).fetchone()
+        self._count_name(row[0], -1)
+        self._count_name(parent, 1)
+        self._db.execute(
+            "UPDATE dirent SET parent = ?, name = ? WHERE inode = ?", (parent, name, inode)
+        )
+
+    def forget_paths(self) -> None:
+        """A directory was renamed."""
+        self._paths.clear()
+
+    def delete(self, inode: int) -> None:
+        """The inode, its name, replicas and xattrs."""
+        self._delete_rows(inode)
+        self._paths.pop(inode, None)
+
+    def _delete_rows(self, inode: int) -> None:
+        row = self._db.execute(
+            "DELETE FROM dirent WHERE inode = ? RETURNING parent", (inode,)
+        ).fetchone()
+        if row:
+            self._count_name(row[0], -1)
+        self._db.execute("DELETE FROM inode WHERE id = ?", (inode,))
+        self._db.execute("DELETE FROM replica WHERE inode = ?", (inode,))
+        self._db.execute("DELETE FROM xattr WHERE inode = ?", (inode,))
+
+    def update(self, inode: int, **columns: Any) -> None:
+        """Set columns of an inode."""
+        assignments = ", ".join(f"{column} = ?" for column in columns)
+        self._db.execute(f"UPDATE inode SET {assignments} WHERE id = ?", (*columns.values(), inode))
+
+    def unsealed(self, states: Iterable[BlockState]) -> list[int]:
+        """Inodes of blocks in one of these states."""
+        wanted = ",".join(str(int(state)) for state in states)
+        rows = self._db.execute(
+            f"SELECT id FROM inode WHERE state IN ({wanted}) AND state != 2 AND kind = 1"
+        )
+        return [row[0] for row in rows]
+
+    # --- replicas and heat
+
+    def replicas(self, inode: int) -> list[Replica]:
+        rows = self._db.execute(f"SELECT {_REPLICA} FROM replica WHERE inode = ?", (inode,))
+        return [Replica._make(row) for row in rows]
+
+    def replica_page(self, tier: int, after: int) -> list[tuple[int, int, int, int]]:
+        """(inode, fanned, size, state) of up to BATCH_ROWS replicas on a tier, by inode."""
+        return self._db.execute(
+            "SELECT r.inode, r.fanned, i.size_bytes, i.state FROM replica r"
+            " JOIN inode i ON i.id = r.inode WHERE r.inode > ? AND r.tier = ?"
+            " ORDER BY r.inode LIMIT ?",
+            (after, tier, BATCH_ROWS),
+        ).fetchall()
+
+    def add_replica(
+        self, inode: int, tier: int, allocated_bytes: int, tau: float, *,
+        fanned: bool = False, state: int = GOOD,
+    ) -> None:  # fmt: skip
+        self._db.execute(
+            "INSERT OR REPLACE INTO replica VALUES (?, ?, ?, ?, ?, ?)",
+            (inode, tier, allocated_bytes, state, int(fanned), tau),
+        )
+
+    def drop_replica(self, inode: int, tier: int) -> None:
+        self._db.execute("DELETE FROM replica WHERE inode = ? AND tier = ?", (inode, tier))
+
+    def set_allocated(self, inode: int, tier: int, allocated_bytes: int) -> None:
+        self._db.execute(
+            "UPDATE replica SET allocated_bytes = ? WHERE inode = ? AND tier = ?",
+            (allocated_bytes, inode, tier),
+        )
+
+    def set_fanned(self, inode: int, tier: int, fanned: bool) -> None:
+        self._db.execute(
+            "UPDATE replica SET fanned = ? WHERE inode = ? AND tier = ?",
+            (int(fanned), inode, tier),
+        )
+
+    def set_replica_states(self, inode: int, state: int, *, besides: int) -> None:
+        """Mark all replicas but the one on tier `besides`."""
+        self._db.execute(
+            "UPDATE replica SET state = ? WHERE inode = ? AND tier != ?", (state, inode, besides)
+        )
+
+    def coldest(self, tier: int, limit: int) -> list[int]:
+        """Inodes of the coldest replicas on a tier."""
+        rows = self._db.execute(
+            "SELECT inode FROM replica WHERE tier = ? ORDER BY tau LIMIT ?", (tier, limit)
+        )
+        return [row[0] for row in rows]
+
+    def tau_of(self, inode: int) -> float | None:
+        row = self._db.execute("SELECT max(tau) FROM replica WHERE inode = ?", (inode,)).fetchone()
+        return row[0] if row else None
+
+    def set_tau(self, inode: int, tau: float, atime_ns: int) -> None:
+        self._db.execute("UPDATE replica SET tau = ? WHERE inode = ?", (tau, inode))
+        self._db.execute("UPDATE inode SET atime_ns = ? WHERE id = ?", (atime_ns, inode))
+
+    def clamp_heat(self, latest: float) -> None:
+        """No tau above `latest`: a clock that was wrong once does no lasting harm."""
+        for table in ("replica", "ghost"):
+            self._db.execute(f"UPDATE {table} SET tau = ? WHERE tau > ?", (latest, latest))
+
+    def take_ghost(self, key: bytes) -> float | None:
+        """The remembered heat of an evicted name, forgotten by this."""
+        row = self._db.execute("DELETE FROM ghost WHERE key = ? RETURNING tau", (key,)).fetchone()
+        return row[0] if row else None
+
+    def add_ghost(self, key: bytes, tau: float) -> None:
+        self._db.execute("INSERT OR REPLACE INTO ghost VALUES (?, ?)", (key, tau))
+
+    def trim_ghosts(self, most: int) -> None:
+        """Forget the coldest beyond `most`."""
+        self._db.execute(
+            "DELETE FROM ghost WHERE key IN (SELECT key FROM ghost ORDER BY tau DESC"
+            " LIMIT -1 OFFSET ?)",
+            (most,),
+        )
+
+    # --- xattrs
+
+    def xattr(self, inode: int, name: bytes) -> bytes | None:
+        row = self._db.execute(
+            "SELECT value FROM xattr WHERE inode = ? AND name = ?", (inode, name)
+        ).fetchone()
+        return row[0] if row else None
+
+    def xattrs(self, inode: int) -> list[tuple[bytes, bytes]]:
+        return self._db.execute(
+            "SELECT name, value FROM xattr WHERE inode = ?", (inode,)
+        ).fetchall()
+
+    def set_xattr(self, inode: int, name: bytes, value: bytes) -> None:
+        self._db.execute("INSERT OR REPLACE INTO xattr VALUES (?, ?, ?)", (inode, name, value))
+
+    def remove_xattr(self, inode: int, name: bytes) -> bool:
+        cursor = self._db.execute("DELETE FROM xattr WHERE inode = ? AND name = ?", (inode, name))
+        return cursor.rowcount > 0
+
+    # --- intents
+
+    def add_intent(
+        self, tier: int, kind: str, inode: int, path: bytes, target: bytes | None = None
+    ) -> Intent:
+        """Promise a change of a tier's files; stored paths. Within a transaction."""
+        cursor = self._db.execute(
+            "INSERT INTO intent (tier, kind, inode, path, target) VALUES (?, ?, ?, ?, ?)",
+            (tier, kind, inode, path, target),
+        )
+        assert cursor.lastrowid is not None
+        return Intent(cursor.lastrowid, tier, kind, inode, path, target)
+
+    def intents(self, tier: int) -> list[Intent]:
+        """What is left to do on a tier, in order."""
+        rows = self._db.execute(
+            "SELECT id, tier, kind, inode, path, target FROM intent WHERE tier = ? ORDER BY id",
+            (tier,),
+        )
+        done = set(self._intents_done)
+        return [Intent._make(row) for row in rows if row[0] not in done]
+
+    def intent_done(self, intent: int) -> None:
+        """Forget it with the next transaction: applying an intent twice is harmless."""
+        self._intents_done.append(intent)
+        if len(self._intents_done) >= BATCH_ROWS:
+            with self.transaction():
+                pass
+
+    def flush_intents(self) -> None:
+        if self._intents_done:
+            with self.transaction():
+                pass
+
+    def replica_at(self, tier: int, stored: bytes) -> int | None:
+        """The inode whose replica the catalog expects at this stored path of a tier."""
+        path, fanned = layout.logical_path(stored)
+        inode = self.resolve(path)
+        if inode is None or inode.kind != Kind.BLOCK:
+            return None
+        for replica in self.replicas(inode.id):
+            if replica.tier == tier and bool(replica.fanned) == fanned:
+                return inode.id
+        return None
+
+
+def open_catalog(path: Path) -> tuple[Catalog, Path | None]:
+    """Open, or set a corrupt one aside and begin anew; the path of what was set aside.
+
+    Raises CatalogError when the schema is newer than this kvfs.
+    """
+    try:
+        return Catalog(path), None
+    except CatalogError:
+        raise
+    except sqlite3.DatabaseError:
+        aside = path.with_suffix(".corrupt")
+        for suffix in ("", "-wal", "-shm"):
+            source = Path(f"{path}{suffix}")
+            if source.exists():
+                source.rename(f"{aside}{suffix}")
+        return Catalog(path), aside

@@ -1,0 +1,87 @@
+"""Counters of the running daemon, and the Prometheus text made of the statistics document."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+
+@dataclass(slots=True)
+class TierCounters:
+    """What happened on one tier since the mount."""
+
+    opens: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    promotions: int = 0
+    demotions: int = 0
+    evictions: int = 0
+    moved_in_bytes: int = 0
+    moved_out_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the mount. Owned by the trio loop."""
+
+    events: Counter[str] = field(default_factory=Counter)
+    tiers: dict[int, TierCounters] = field(default_factory=dict)
+
+    def tier(self, index: int) -> TierCounters:
+        return self.tiers.setdefault(index, TierCounters())
+
+    def count(self, event: str, by: int = 1) -> None:
+        self.events[event] += by
+
+
+TIER_GAUGES = ("capacity_bytes", "used_bytes", "reserved_bytes", "held_bytes", "blocks")
+TIER_COUNTERS = (
+    "opens", "bytes_read", "bytes_written", "promotions", "demotions", "evictions",
+    "moved_in_bytes", "moved_out_bytes",
+)  # fmt: skip
+
+
+class _Statistics:
+    """A collector over one statistics document."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document = document
+
+    def collect(self) -> Iterator[Metric]:
+        document = self._document
+        for name in ("blocks", "directories", "unsealed", "uptime_s"):
+            yield GaugeMetricFamily(f"kvfs_{name}", f"{name} of the mount", document[name])
+        for name in TIER_GAUGES:
+            gauge = GaugeMetricFamily(f"kvfs_tier_{name}", f"{name} of a tier", labels=["tier"])
+            for tier in document["tiers"]:
+                gauge.add_metric([tier["name"]], tier[name])
+            yield gauge
+        online = GaugeMetricFamily(
+            "kvfs_tier_online", "1 unless the tier is offline", labels=["tier"]
+        )
+        for tier in document["tiers"]:
+            online.add_metric([tier["name"]], float(tier["state"] != "offline"))
+        yield online
+        for name in TIER_COUNTERS:
+            counter = CounterMetricFamily(
+                f"kvfs_tier_{name}", f"{name} since mount", labels=["tier"]
+            )
+            for tier in document["tiers"]:
+                counter.add_metric([tier["name"]], tier[name])
+            yield counter
+        events = CounterMetricFamily("kvfs_events", "events since mount", labels=["event"])
+        for event, count in sorted(document["counters"].items()):
+            events.add_metric([event], count)
+        yield events
+
+
+def prometheus_text(document: dict[str, Any]) -> bytes:
+    """The statistics document in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(_Statistics(document))
+    return generate_latest(registry)

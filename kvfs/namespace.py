@@ -1,0 +1,319 @@
+"""Names: lookup, mkdir, rmdir, unlink, rename and listing.
+
+A change that touches only the tier called on the loop happens without a checkpoint. One that needs
+another tier is committed with an intent first, and claims its paths while it waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+
+from kvfs import layout
+from kvfs.blocks import Blocks, written_attributes
+from kvfs.catalog import ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
+from kvfs.errors import BlockExists, BlockNotFound, FilesystemError, NotPermitted, TierOffline
+from kvfs.replicas import Replicas
+from kvfs.tier import Tier
+from kvfs.volume import Volume
+
+
+class Namespace:
+    """Owned by the trio loop."""
+
+    def __init__(self, volume: Volume, replicas: Replicas, blocks: Blocks) -> None:
+        self.volume = volume
+        self.replicas = replicas
+        self.blocks = blocks
+        self._changed_ns: dict[int, int] = {}
+
+    # --- reading
+
+    def lookup(self, parent: int, name: bytes) -> Inode | None:
+        """The inode of a name; None when there is none."""
+        if name == b".":
+            return self.get(parent)
+        if name == b"..":
+            entry = self.volume.catalog.entry(parent)
+            return self.get(entry[0] if entry else ROOT_INODE)
+        inode = self.volume.catalog.lookup(parent, name)
+        return self.current(inode) if inode else None
+
+    def get(self, number: int) -> Inode | None:
+        """The attributes of an inode, also of one without a name that is still open."""
+        inode = self.volume.catalog.get(number)
+        if inode is None:
+            block = self.replicas.open_blocks.get(number)
+            inode = block.orphan if block else None
+        return self.current(inode) if inode else None
+
+    def current(self, inode: Inode) -> Inode:
+        """The row with what is not in the catalog yet."""
+        if inode.kind == Kind.DIRECTORY:
+            changed_ns = self._changed_ns.get(inode.id)
+            if changed_ns is None:
+                return inode
+            return inode._replace(mtime_ns=changed_ns, ctime_ns=changed_ns)
+        block = self.replicas.open_blocks.get(inode.id)
+        # A writer's file tells itself; asking is a system call on an open descriptor.
+        if block is None or not block.written or block.descriptor < 0 or not block.tier.inline:
+            return inode
+        return inode._replace(**written_attributes(os.fstat(block.descriptor)))
+
+    def children(self, directory: int, after: int, limit: int) -> list[tuple[bytes, Inode]]:
+        """Entries of a directory in the order of their inodes."""
+        rows = self.volume.catalog.children(directory, after, limit)
+        return [(name, self.current(inode)) for name, inode in rows]
+
+    def directory_changed(self, directory: int) -> None:
+        """Its times, written to the catalog with the next flush."""
+        self._changed_ns[directory] = int(self.volume.clock.now_s() * 1e9)
+
+    def take_directory_times(self) -> list[tuple[int, int]]:
+        """What the flush writes."""
+        changed = list(self._changed_ns.items())
+        self._changed_ns.clear()
+        return changed
+
+    # --- directories
+
+    async def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Inode:
+        """A new directory; made on the fastest tier too, so that a walk finds it."""
+        catalog = self.volume.catalog
+        layout.check_name(name)
+        path = self._path_in(parent, name)
+        self.blocks.check_length(path)
+        await self.volume.claims.wait(path)
+        if catalog.lookup(parent, name) is not None:
+            raise BlockExists(os.fsdecode(path))
+        with catalog.transaction():
+            number = catalog.insert_inode(
+                Kind.DIRECTORY, stat.S_IMODE(mode), uid, gid, int(self.volume.clock.now_s() * 1e9)
+            )
+            catalog.link(parent, name, number)
+        self.volume.directories += 1
+        self.directory_changed(parent)
+        first = self.volume.tiers[0]
+        with contextlib.suppress(TierOffline):
+            await first.run(_make_directory, first, path, mode, uid, gid)
+        inode = catalog.get(number)
+        assert inode is not None
+        return inode
+
+    async def rmdir(self, parent: int, name: bytes) -> Inode:
+        """Remove an empty directory; the row it had."""
+        catalog = self.volume.catalog
+        path = self._path_in(parent, name)
+        await self.volume.claims.wait(path)
+        inode = self._existing(parent, name)
+        if inode.kind != Kind.DIRECTORY:
+            raise FilesystemError(errno.ENOTDIR)
+        if catalog.has_children(inode.id):
+            raise FilesystemError(errno.ENOTEMPTY)
+        with catalog.transaction():
+            catalog.delete(inode.id)
+        self.volume.directories -= 1
+        self._changed_ns.pop(inode.id, None)
+        self.directory_changed(parent)
+        first = self.volume.tiers[0]
+        # A left-over there is fsck's matter; the name is gone either way.
+        with contextlib.suppress(TierOffline, OSError):
+            await first.run(first.remove_directory, path)
+        return inode
+
+    # --- blocks
+
+    async def unlink(self, parent: int, name: bytes) -> Inode:
+        """Remove a block; the row it had."""
+        path = self._path_in(parent, name)
+        await self.volume.claims.wait(path)
+        inode = self._existing(parent, name)
+        if inode.kind == Kind.DIRECTORY:
+            raise FilesystemError(errno.EISDIR)
+        self.replicas.remove_block(self.current(inode), path)
+        self.directory_changed(parent)
+        self.volume.counters.count("unlinks")
+        self.volume.settling_due.set()
+        return inode
+
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, replace: bool = True
+    ) -> tuple[Inode, Inode | None]:
+        """Give a block or directory another name: (what moved, what it replaced).
+
+        The catalog is committed first, with an intent for each tier; recovery finishes it forward.
+        """
+        layout.check_name(new_name)
+        old = self._path_in(parent, name)
+        new = self._path_in(new_parent, new_name)
+        self.blocks.check_length(new)
+        await self.volume.claims.wait(old, new)
+        inode = self._existing(parent, name)
+        target = self.volume.catalog.lookup(new_parent, new_name)
+        if target is not None:
+            if not replace:
+                raise BlockExists(os.fsdecode(new))
+            if target.id == inode.id:
+                return inode, None
+            self._check_replaceable(inode, target)
+        if inode.kind == Kind.DIRECTORY and layout.is_within(new, old):
+            raise FilesystemError(errno.EINVAL, "a directory cannot move below itself")
+        self.directory_changed(parent)
+        self.directory_changed(new_parent)
+        if inode.kind == Kind.DIRECTORY:
+            await self._rename_directory(inode, target, old, (new_parent, new_name, new))
+        else:
+            await self._rename_block(inode, target, old, (new_parent, new_name, new))
+        return inode, target
+
+    def _check_replaceable(self, inode: Inode, target: Inode) -> None:
+        if target.kind == Kind.DIRECTORY:
+            if inode.kind != Kind.DIRECTORY:
+                raise FilesystemError(errno.EISDIR)
+            if self.volume.catalog.has_children(target.id):
+                raise FilesystemError(errno.ENOTEMPTY)
+        elif inode.kind == Kind.DIRECTORY:
+            raise FilesystemError(errno.ENOTDIR)
+
+    async def _rename_block(
+        self, inode: Inode, target: Inode | None, old: bytes, new: tuple[int, bytes, bytes]
+    ) -> None:
+        catalog = self.volume.catalog
+        new_parent, new_name, new_path = new
+        replicas = catalog.replicas(inode.id)
+        replaced = catalog.replicas(target.id) if target else []
+        fanned = catalog.is_crowded(new_parent)
+        intents: list[tuple[Tier, Intent]] = []
+        with catalog.transaction():
+            promised: dict[int, int] = {}
+            if target is not None:
+                here = {replica.tier for replica in replicas}
+                leftover = [r for r in replaced if r.tier not in here or bool(r.fanned) != fanned]
+                promised = self.replicas.promise_removal(
+                    target.id, new_path, leftover, inline_too=True
+                )
+                catalog.delete(target.id)
+            catalog.relink(inode.id, new_parent, new_name)
+            self._publish(inode)
+            for replica in replicas:
+                tier = self.volume.by_number[replica.tier]
+                stored = layout.stored_path(old, bool(replica.fanned))
+                goal = layout.stored_path(new_path, fanned)
+                catalog.set_fanned(inode.id, replica.tier, fanned)
+                intent = catalog.add_intent(tier.number, "rename", inode.id, stored, goal)
+                intents.append((tier, intent))
+        if target is not None:
+            self.replicas.account_removal(self.current(target), replaced, promised)
+        try:
+            await self._carry_out(old, new_path, intents)
+        except OSError:
+            self._revert(inode, old, replicas)
+            raise
+        if inode.state in (BlockState.WRITING, BlockState.PUBLISHED):
+            self.volume.request_seal(inode.id)
+        if promised:
+            await self._settle_inline(promised)
+
+    def _publish(self, inode: Inode) -> None:
+        """The rename of a file being written publishes it, with the size it has now."""
+        columns: dict[str, int] = {"generation": inode.generation + 1}
+        if inode.state == BlockState.WRITING:
+            columns["state"] = int(BlockState.PUBLISHED)
+            self.volume.counters.count("publishes")
+        current = self.current(inode)
+        if current is not inode:
+            columns |= {"size_bytes": current.size_bytes, "mtime_ns": current.mtime_ns}
+        columns["ctime_ns"] = int(self.volume.clock.now_s() * 1e9)
+        self.volume.catalog.update(inode.id, **columns)
+
+    async def _carry_out(self, old: bytes, new: bytes, intents: list[tuple[Tier, Intent]]) -> None:
+        """Do it on the inline tier at once and on the others under a claim.
+
+        A tier that is or goes offline keeps its intent for later.
+        """
+        pending = [(tier, intent) for tier, intent in intents if not tier.inline]
+        for tier, intent in intents:
+            if tier.inline:
+                await self.replicas.apply(tier, intent)
+                self.replicas.finish(tier, intent.id)
+        if not pending:
+            return
+        async with self.volume.claims.hold(old, new):
+            for tier, intent in pending:
+                with contextlib.suppress(TierOffline):
+                    await self.replicas.apply(tier, intent)
+                    self.replicas.finish(tier, intent.id)
+
+    def _revert(self, inode: Inode, old: bytes, replicas: list[Replica]) -> None:
+        """A tier refused the new name: the old one holds again. What was replaced is gone."""
+        catalog = self.volume.catalog
+        directory, name = layout.split(old)
+        parent = catalog.resolve(directory)
+        if parent is None or catalog.lookup(parent.id, name) is not None:
+            return
+        with catalog.transaction():
+            catalog.relink(inode.id, parent.id, name)
+            for replica in replicas:
+                catalog.set_fanned(inode.id, replica.tier, bool(replica.fanned))
+        if inode.kind == Kind.DIRECTORY:
+            catalog.forget_paths()
+
+    async def _settle_inline(self, promised: dict[int, int]) -> None:
+        for tier in self.volume.tiers:
+            if tier.inline and tier.number in promised:
+                await self.replicas.settle(tier)
+        self.volume.settling_due.set()
+
+    async def _rename_directory(
+        self, inode: Inode, target: Inode | None, old: bytes, new: tuple[int, bytes, bytes]
+    ) -> None:
+        catalog = self.volume.catalog
+        new_parent, new_name, new_path = new
+        intents: list[tuple[Tier, Intent]] = []
+        with catalog.transaction():
+            if target is not None:
+                catalog.delete(target.id)
+            catalog.relink(inode.id, new_parent, new_name)
+            for tier in self.volume.tiers:
+                intents.append(
+                    (tier, catalog.add_intent(tier.number, "rename", inode.id, old, new_path))
+                )
+        catalog.forget_paths()
+        if target is not None:
+            self.volume.directories -= 1
+        try:
+            await self._carry_out(old, new_path, intents)
+        except OSError:
+            self._revert(inode, old, [])
+            raise
+
+    # --- helpers
+
+    def _path_in(self, parent: int, name: bytes) -> bytes:
+        if name in layout.RESERVED_NAMES:
+            raise NotPermitted(f"{name.decode()} is reserved for kvfs")
+        directory = self.volume.catalog.directory_path(parent)
+        if directory is None:
+            raise FilesystemError(errno.ENOENT)
+        return layout.join(directory, name)
+
+    def _existing(self, parent: int, name: bytes) -> Inode:
+        inode = self.volume.catalog.lookup(parent, name)
+        if inode is None:
+            raise BlockNotFound(os.fsdecode(name))
+        return inode
+
+
+def _make_directory(tier: Tier, path: bytes, mode: int, uid: int, gid: int) -> None:
+    absolute = tier.locate(path)
+    os.makedirs(absolute, exist_ok=True)
+    set_owner(absolute, mode, uid, gid)
+
+
+def set_owner(absolute: bytes, mode: int, uid: int, gid: int) -> None:
+    """A tier's directory shows what the mount shows; kvfs itself always gets in. Blocking."""
+    os.chmod(absolute, stat.S_IMODE(mode) | 0o700)
+    if os.geteuid() == 0:
+        os.chown(absolute, uid, gid)

@@ -1,0 +1,326 @@
+"""Where bytes go and how they leave: placement of new files, removal of replicas, intents.
+
+Removal on the tier that is called on the loop happens at once, before the catalog forgets the file.
+On every other tier it is promised in the same transaction and carried out by `settle`: an engine's
+unlink never waits for a disk, and a tier that is offline learns of it when it returns.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+
+import xxhash
+
+from kvfs import heat, layout, scans
+from kvfs.catalog import GOOD, BlockState, Inode, Intent, Kind, Replica
+from kvfs.errors import BlockBusy, BlockNotFound, TierFull
+from kvfs.open_block import OpenBlock
+from kvfs.space import Reservation
+from kvfs.tier import Tier
+from kvfs.volume import Volume
+
+log = logging.getLogger(__name__)
+
+# How many cold residents are looked at when a writer finds every tier full.
+EMERGENCY_CANDIDATES = 512
+
+
+def ghost_key(path: bytes) -> bytes:
+    """What the ghost table knows an evicted name by."""
+    return xxhash.xxh3_128_digest(path)
+
+
+class Replicas:
+    """Owned by the trio loop; `open_blocks` is the table that `kvfs.blocks` keeps."""
+
+    def __init__(self, volume: Volume) -> None:
+        self.volume = volume
+        self.open_blocks: dict[int, OpenBlock] = {}
+        self._intent_bytes: dict[int, int] = {}
+
+    # --- choosing
+
+    def readable(self, inode: int) -> list[tuple[Tier, Replica]]:
+        """Good replicas on tiers that answer, fastest first."""
+        by_number = self.volume.by_number
+        found = [
+            (by_number[replica.tier], replica)
+            for replica in self.volume.catalog.replicas(inode)
+            if replica.state == GOOD and by_number[replica.tier].online
+        ]
+        return sorted(found, key=lambda pair: pair[0].index)
+
+    async def place(
+        self, at_least_bytes: int, *keys: object, after: int = -1
+    ) -> tuple[Tier, Reservation]:
+        """The fastest tier below `after` with room, and the room. Evicts as a last resort.
+
+        Raises TierFull.
+        """
+        volume = self.volume
+        candidates = [t for t in volume.tiers if t.accepts and t.index > after]
+        for tier in candidates:
+            wanted = max(at_least_bytes, volume.space.expected_bytes(tier.index, *keys))
+            reservation = volume.space.reserve(tier.index, wanted)
+            if reservation is not None:
+                self._watch(tier)
+                return tier, reservation
+        volume.request_tiering()
+        if volume.config.tiering.on_full == "evict" and candidates:
+            last = candidates[-1]
+            wanted = max(at_least_bytes, volume.space.expected_bytes(last.index, *keys))
+            if await self.make_room(last, wanted):
+                reservation = volume.space.reserve(last.index, wanted)
+                if reservation is not None:
+                    return last, reservation
+        volume.counters.count("refused_full")
+        raise TierFull("every tier is full")
+
+    def _watch(self, tier: Tier) -> None:
+        account = self.volume.space[tier.index]
+        _, mark = self.volume.config.tiering.watermarks(tier.config)
+        if account.taken_bytes > mark * account.capacity_bytes:
+            self.volume.request_tiering()
+
+    async def make_room(self, tier: Tier, wanted_bytes: int) -> bool:
+        """Evict the coldest from a tier that is full to the last byte; whether it has room then."""
+        volume = self.volume
+        account = volume.space[tier.index]
+        rows = volume.catalog.coldest(tier.number, EMERGENCY_CANDIDATES)
+        for inode in rows:
+            if wanted_bytes <= account.free_bytes + self._promised_bytes(tier):
+                break
+            try:
+                self.evict(inode, from_tier=tier)
+            except (BlockBusy, BlockNotFound):
+                continue
+            volume.counters.count("emergency_evictions")
+        await self.settle(tier)
+        return wanted_bytes <= account.free_bytes
+
+    def _promised_bytes(self, tier: Tier) -> int:
+        """Held bytes that `settle` will free."""
+        return sum(
+            self._intent_bytes.get(intent.id, 0) for intent in self.volume.catalog.intents(tier.number)
+        ) if self._intent_bytes else 0  # fmt: skip
+
+    # --- removing
+
+    def remove_block(self, inode: Inode, path: bytes) -> None:
+        """The block goes: name, rows, and the files of all replicas.
+
+        Raises OSError, with nothing changed, when the inline tier refuses.
+        """
+        volume = self.volume
+        replicas = volume.catalog.replicas(inode.id)
+        for replica in replicas:
+            tier = volume.by_number[replica.tier]
+            if tier.inline:
+                tier.remove(path, bool(replica.fanned))
+        with volume.catalog.transaction():
+            promised = self.promise_removal(inode.id, path, replicas)
+            volume.catalog.delete(inode.id)
+        self.account_removal(inode, replicas, promised)
+
+    def promise_removal(
+        self, inode: int, path: bytes, replicas: list[Replica], *, inline_too: bool = False
+    ) -> dict[int, int]:
+        """Intents to unlink what is not on the inline tier; tier number -> intent. In a
+        transaction of the caller, who calls `account_removal` after it."""
+        promised = {}
+        for replica in replicas:
+            tier = self.volume.by_number[replica.tier]
+            if not tier.inline or inline_too:
+                stored = layout.stored_path(path, bool(replica.fanned))
+                intent = self.volume.catalog.add_intent(tier.number, "unlink", inode, stored)
+                promised[tier.number] = intent.id
+        return promised
+
+    def account_removal(
+        self, inode: Inode, replicas: list[Replica], promised: dict[int, int]
+    ) -> None:
+        """Bring accounts and open handles up to date after the rows are gone."""
+        volume = self.volume
+        block = self.open_blocks.get(inode.id)
+        for place, replica in enumerate(replicas):
+            tier = volume.by_number[replica.tier]
+            account = volume.space[tier.index]
+            volume.space.remove(tier.index, replica.allocated_bytes, duplicate=place > 0)
+            if block is not None and block.tier is tier and not block.fetched:
+                block.accounted_bytes = replica.allocated_bytes
+                block.hold(account)
+            elif tier.number in promised:
+                self._intent_bytes[promised[tier.number]] = replica.allocated_bytes
+                account.held_bytes += replica.allocated_bytes
+        if block is not None:
+            block.orphan = inode
+        volume.accesses.forget(inode.id)
+        volume.blocks -= 1
+
+    async def drop(self, inode: Inode, tier: Tier, path: bytes) -> int:
+        """Remove one replica of a block that has another; its bytes. The caller claims the path."""
+        volume = self.volume
+        replicas = volume.catalog.replicas(inode.id)
+        mine = [replica for replica in replicas if replica.tier == tier.number]
+        assert mine, "the replica to drop is not there"
+        assert len(replicas) > 1, "the last replica is evicted, not dropped"
+        with volume.catalog.transaction():
+            promised = self.promise_removal(inode.id, path, mine, inline_too=True)
+            volume.catalog.drop_replica(inode.id, tier.number)
+        volume.space.remove(tier.index, mine[0].allocated_bytes, duplicate=True)
+        block = self.open_blocks.get(inode.id)
+        if block is not None and block.tier is tier and not block.fetched:
+            block.accounted_bytes = mine[0].allocated_bytes
+            block.hold(volume.space[tier.index])
+        await tier.run(tier.remove, path, bool(mine[0].fanned))
+        volume.catalog.intent_done(promised[tier.number])
+        return mine[0].allocated_bytes
+
+    def check_evictable(self, inode: Inode) -> bytes:
+        """The path of a block that may go now. Raises BlockBusy with the reason."""
+        volume = self.volume
+        entry = volume.catalog.entry(inode.id)
+        path = volume.catalog.path_of(inode.id)
+        if entry is None or path is None or inode.kind != Kind.BLOCK:
+            raise BlockNotFound("no such block")
+        if inode.id in self.open_blocks:
+            raise BlockBusy("it is open")
+        if inode.state != BlockState.SEALED:
+            raise BlockBusy("it is not sealed yet")
+        if inode.pin is not None or self.pinned_by_directory(entry[0]):
+            raise BlockBusy("it is pinned")
+        if not volume.claims.is_free(path):
+            raise BlockBusy("it is being moved")
+        return path
+
+    def pinned_by_directory(self, directory: int) -> bool:
+        """Whether a directory above holds a pin."""
+        connection = self.volume.catalog.connection
+        return scans.is_pinned(connection, scans.pinned_directories(connection), directory)
+
+    def evict(self, number: int, *, from_tier: Tier | None = None, asked: bool = False) -> int:
+        """Drop a block with all its replicas; bytes freed. Raises BlockBusy, BlockNotFound.
+
+        Without `asked` (an admin, a TTL) what matches `keep` stays.
+        """
+        volume = self.volume
+        inode = volume.catalog.get(number)
+        if inode is None:
+            raise BlockNotFound("no such block")
+        path = self.check_evictable(inode)
+        parent, name = volume.catalog.entry(number) or (0, b"")
+        if not asked and scans.is_kept(name, volume.config.tiering.keep):
+            raise BlockBusy("its name matches `keep`")
+        replicas = volume.catalog.replicas(number)
+        tau = volume.accesses.tau(number, volume.catalog.tau_of(number) or heat.never)
+        self.remove_block(inode, path)
+        volume.catalog.add_ghost(ghost_key(path), tau)
+        volume.name_changed(parent, name)
+        last = from_tier or volume.by_number[max(r.tier for r in replicas)]
+        volume.counters.tier(last.index).evictions += 1
+        return sum(replica.allocated_bytes for replica in replicas)
+
+    def lose(self, inode: Inode, tier: Tier) -> None:
+        """A replica's file is not where the catalog says: forget it, and the block with the last."""
+        volume = self.volume
+        path = volume.catalog.path_of(inode.id)
+        replicas = volume.catalog.replicas(inode.id)
+        mine = [replica for replica in replicas if replica.tier == tier.number]
+        if not mine or path is None:
+            return
+        log.error("tier %s lost %r", tier.name, os.fsdecode(path))
+        volume.counters.count("replicas_lost")
+        if len(replicas) > 1:
+            with volume.catalog.transaction():
+                volume.catalog.drop_replica(inode.id, tier.number)
+            volume.space.remove(tier.index, mine[0].allocated_bytes, duplicate=True)
+            return
+        entry = volume.catalog.entry(inode.id)
+        with volume.catalog.transaction():
+            volume.catalog.delete(inode.id)
+        self.account_removal(inode, replicas, {})
+        if entry is not None:
+            volume.name_changed(*entry)
+
+    # --- intents
+
+    async def settle(self, tier: Tier) -> None:
+        """Carry out what was promised for a tier, in order. Stops where the tier fails."""
+        for intent in self.volume.catalog.intents(tier.number):
+            logical, _ = layout.logical_path(intent.path)
+            async with self.volume.claims.hold(logical):
+                await self.apply(tier, intent)
+            self.finish(tier, intent.id)
+        self.volume.catalog.flush_intents()
+
+    def finish(self, tier: Tier, intent: int) -> None:
+        """An intent is done: what it held is free."""
+        self.volume.space[tier.index].held_bytes -= self._intent_bytes.pop(intent, 0)
+        self.volume.catalog.intent_done(intent)
+
+    async def apply(self, tier: Tier, intent: Intent) -> None:
+        """Do what an intent says unless it is void by now. The caller claims the path."""
+        catalog = self.volume.catalog
+        if intent.kind == "unlink":
+            if catalog.replica_at(tier.number, intent.path) is None:
+                await tier.run(_remove_stored, tier, intent.path)
+            return
+        assert intent.target is not None
+        target, _ = layout.logical_path(intent.target)
+        if catalog.path_of(intent.inode) != target:
+            return
+        inode = catalog.get(intent.inode)
+        assert inode is not None
+        try:
+            await tier.run(_rename_stored, tier, intent.path, intent.target)
+        except FileNotFoundError:
+            return
+        if inode.kind == Kind.BLOCK and inode.state == BlockState.SEALED:
+            await tier.run(_raise_generation, tier, intent.target, inode.generation)
+
+
+def _remove_stored(tier: Tier, stored: bytes) -> None:
+    path, fanned = layout.logical_path(stored)
+    tier.remove(path, fanned)
+
+
+def _rename_stored(tier: Tier, source: bytes, target: bytes) -> None:
+    """Rename below a tier's root, making the target's directories. Repeating is harmless."""
+    old, new = tier.root + b"/" + source, tier.root + b"/" + target
+    rename_into_place(old, new)
+    if tier.index > 0:
+        tier.remove_empty_parents(os.path.dirname(old))
+
+
+def rename_into_place(source: bytes, target: bytes) -> None:
+    """rename(2) that makes missing directories, even while others remove empty ones. Blocking."""
+    for _ in range(8):
+        try:
+            os.rename(source, target)
+        except FileNotFoundError:
+            os.lstat(source)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            merge_directory(source, target)
+            return
+        else:
+            return
+    raise OSError(errno.EBUSY, "the target's directory keeps vanishing", os.fsdecode(target))
+
+
+def merge_directory(source: bytes, target: bytes) -> None:
+    """Move what is in a directory into another that has left-overs. Blocking."""
+    for name in os.listdir(source):
+        rename_into_place(source + b"/" + name, target + b"/" + name)
+    os.rmdir(source)
+
+
+def _raise_generation(tier: Tier, stored: bytes, generation: int) -> None:
+    absolute = tier.root + b"/" + stored
+    seal = tier.read_seal(absolute)
+    if seal is not None:
+        tier.write_seal(absolute, seal.at_generation(generation))

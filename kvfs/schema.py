@@ -1,0 +1,128 @@
+"""The catalog's SQLite schema. Its comments are its documentation.
+
+The catalog is an index of the tiers: all of it but heat and ghosts can be rebuilt by a walk.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+from kvfs.errors import CatalogError
+
+SCHEMA_VERSION = 1
+
+SCHEMA = """
+-- Facts of the whole filesystem: 'clean' (1 after an orderly unmount), 'boot_id' (of the machine
+-- when it was last opened), 'created_at'.
+CREATE TABLE meta (
+    key   TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+
+-- Every tier ever used. `number` is what `replica` and `intent` refer to; it survives renaming and
+-- reordering in the configuration, `uuid` is the identity on disk.
+CREATE TABLE tier (
+    number  INTEGER PRIMARY KEY,
+    uuid    TEXT NOT NULL UNIQUE,
+    name    TEXT NOT NULL,
+    path    TEXT NOT NULL
+);
+
+-- One row per file or directory. AUTOINCREMENT: a number that the kernel may still hold is never
+-- given again. The root is 1.
+CREATE TABLE inode (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind       INTEGER NOT NULL,            -- 0 directory, 1 block
+    mode       INTEGER NOT NULL,            -- permission bits only
+    uid        INTEGER NOT NULL,
+    gid        INTEGER NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    atime_ns   INTEGER NOT NULL,            -- last counted access
+    mtime_ns   INTEGER NOT NULL,
+    ctime_ns   INTEGER NOT NULL,
+    generation INTEGER NOT NULL,            -- raised by unseal, overwrite and rename
+    state      INTEGER NOT NULL,            -- 0 writing, 1 published, 2 sealed, 3 reopened
+    checksum   BLOB,                        -- XXH3-128 at the last seal
+    pin        TEXT,                        -- NULL, '1' (never evict) or a tier's name
+    ttl_s      REAL                         -- NULL or seconds after mtime
+);
+-- What recovery and the sealer start from: few rows at any time.
+CREATE INDEX inode_unsealed ON inode (state) WHERE state != 2 AND kind = 1;
+CREATE INDEX inode_with_ttl ON inode (id) WHERE ttl_s IS NOT NULL;
+CREATE INDEX inode_with_pin ON inode (id, kind) WHERE pin IS NOT NULL;
+
+-- Names. No hard links, so the inode is the key; (parent, inode) is also the order of readdir, and
+-- the inode its cookie: a listing neither repeats nor misses a name that stays.
+CREATE TABLE dirent (
+    inode  INTEGER PRIMARY KEY,
+    parent INTEGER NOT NULL,
+    name   BLOB NOT NULL,
+    UNIQUE (parent, name)
+);
+CREATE INDEX dirent_in_order ON dirent (parent, inode);
+CREATE INDEX dirent_temporary ON dirent (inode) WHERE substr(name, -4) = X'2E746D70';
+
+-- A block's bytes on one tier. `tau` is the block's heat (kvfs/heat.py), the same on each of its
+-- replicas, so that "coldest first on this tier" is one index scan.
+CREATE TABLE replica (
+    inode           INTEGER NOT NULL,
+    tier            INTEGER NOT NULL,
+    allocated_bytes INTEGER NOT NULL,
+    state           INTEGER NOT NULL,       -- 0 good, 1 suspect: the block is reopened elsewhere
+    fanned          INTEGER NOT NULL,       -- 1 when stored in .kvfs.d
+    tau             REAL NOT NULL,
+    PRIMARY KEY (inode, tier)
+) WITHOUT ROWID;
+CREATE INDEX replica_by_heat ON replica (tier, tau);
+
+-- Foreign user.* xattrs. The backing files carry them too.
+CREATE TABLE xattr (
+    inode INTEGER NOT NULL,
+    name  BLOB NOT NULL,
+    value BLOB NOT NULL,
+    PRIMARY KEY (inode, name)
+) WITHOUT ROWID;
+
+-- Changes of a tier's files that were promised but may not be done: applied in order, per tier,
+-- at mount and when a tier comes back. 'unlink' is void once a replica lives at the path again,
+-- 'rename' once the inode no longer has the target as its name.
+CREATE TABLE intent (
+    id     INTEGER PRIMARY KEY,
+    tier   INTEGER NOT NULL,
+    kind   TEXT NOT NULL,                   -- 'unlink' or 'rename'
+    inode  INTEGER NOT NULL,
+    path   BLOB NOT NULL,                   -- stored path
+    target BLOB                             -- stored path, rename only
+);
+
+-- Heat of evicted names: XXH3-128 of the path. Bounded; the coldest are forgotten first.
+CREATE TABLE ghost (
+    key BLOB PRIMARY KEY,
+    tau REAL NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX ghost_by_heat ON ghost (tau);
+"""
+
+# Version n -> n + 1. Empty while there is one version only.
+MIGRATIONS: dict[int, str] = {}
+
+
+def prepare(connection: sqlite3.Connection) -> bool:
+    """Create or migrate the schema; whether it was created. Raises CatalogError if it is newer."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > SCHEMA_VERSION:
+        raise CatalogError(
+            f"the catalog has schema {version}, this kvfs knows {SCHEMA_VERSION}: upgrade kvfs"
+        )
+    if version == SCHEMA_VERSION:
+        return False
+    if version == 0:
+        _run(connection, SCHEMA, SCHEMA_VERSION)
+        return True
+    for step in range(version, SCHEMA_VERSION):
+        _run(connection, MIGRATIONS[step], step + 1)
+    return False
+
+
+def _run(connection: sqlite3.Connection, script: str, version: int) -> None:
+    connection.executescript(f"BEGIN;\n{script}\nPRAGMA user_version = {version};\nCOMMIT;")

@@ -1,0 +1,217 @@
+"""Sealing: from published or closed to immutable, with a checksum.
+
+A worker thread asks for the read lease (no writer left), hashes the file and writes the seal
+record; the loop commits it if the block is still what was hashed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import trio
+
+from kvfs.catalog import GOOD, BlockState, Inode, Kind
+from kvfs.errors import TierOffline
+from kvfs.replicas import Replicas
+from kvfs.seal import Seal, checksum_of, no_writer_left
+from kvfs.tier import Tier
+from kvfs.volume import Volume
+
+log = logging.getLogger(__name__)
+
+BATCH_BLOCKS = 64
+RETRY_S = 0.5
+SCAN_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One file to seal, as the catalog knew it."""
+
+    inode: Inode
+    path: bytes
+    fanned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What a worker made of a job; `checksum` is None when a writer is left."""
+
+    job: Job
+    checksum: bytes | None = None
+    generation: int = 0
+    status: os.stat_result | None = None
+
+
+class Sealer:
+    """The service and its queue (`volume.to_seal`). Owned by the trio loop."""
+
+    def __init__(self, volume: Volume, replicas: Replicas) -> None:
+        self.volume = volume
+        self.replicas = replicas
+
+    async def run(self) -> None:
+        """Seal what is asked for, and look for what was forgotten every half minute."""
+        next_scan_s = 0.0
+        while True:
+            if trio.current_time() >= next_scan_s:
+                self.scan()
+                next_scan_s = trio.current_time() + SCAN_S
+            with trio.move_on_after(RETRY_S if self.volume.to_seal else SCAN_S):
+                await self.volume.sealing_due.wait()
+            self.volume.sealing_due = trio.Event()
+            again = await self.seal_pending()
+            self.volume.to_seal.update(again)
+            if again:
+                await trio.sleep(RETRY_S)
+
+    def scan(self) -> None:
+        """Ask for everything that the catalog says is not sealed."""
+        states = (BlockState.WRITING, BlockState.PUBLISHED, BlockState.REOPENED)
+        for inode in self.volume.catalog.unsealed(states):
+            self.volume.request_seal(inode)
+
+    async def seal_pending(self) -> set[int]:
+        """Work the queue off; what must be tried again later."""
+        again: set[int] = set()
+        while self.volume.to_seal:
+            chosen = [self.volume.to_seal.pop() for _ in range(
+                min(BATCH_BLOCKS, len(self.volume.to_seal)))]  # fmt: skip
+            by_tier: dict[Tier, list[Job]] = {}
+            for number in chosen:
+                found = self._job(number)
+                if found is not None:
+                    by_tier.setdefault(found[0], []).append(found[1])
+            async with trio.open_nursery() as nursery:
+                for tier, jobs in by_tier.items():
+                    nursery.start_soon(self._seal_on, tier, jobs, again)
+        return again
+
+    def _job(self, number: int) -> tuple[Tier, Job] | None:
+        inode = self.volume.catalog.get(number)
+        if inode is None or inode.kind != Kind.BLOCK or inode.state == BlockState.SEALED:
+            return None
+        block = self.replicas.open_blocks.get(number)
+        if block is not None and block.writers:
+            return None  # its close asks again
+        path = self.volume.catalog.path_of(number)
+        good = [r for r in self.volume.catalog.replicas(number) if r.state == GOOD]
+        if path is None or not good:
+            return None
+        tier, replica = min(
+            ((self.volume.by_number[r.tier], r) for r in good), key=lambda pair: pair[0].index
+        )
+        return (tier, Job(inode, path, bool(replica.fanned))) if tier.online else None
+
+    async def _seal_on(self, tier: Tier, jobs: list[Job], again: set[int]) -> None:
+        # A remote call has a deadline, so a batch there is one block.
+        size = 1 if tier.remote else len(jobs)
+        for start in range(0, len(jobs), size):
+            batch = jobs[start : start + size]
+            try:
+                results = await trio.to_thread.run_sync(
+                    seal_files, tier, batch, limiter=tier.limiter, abandon_on_cancel=tier.remote
+                )
+            except (OSError, TierOffline) as error:
+                log.error("tier %s: sealing: %s", tier.name, error)
+                again.update(job.inode.id for job in batch)
+                continue
+            again.update(self._commit(tier, results))
+            again.update({job.inode.id for job in batch} - {done.job.inode.id for done in results})
+
+    def _commit(self, tier: Tier, results: Iterable[Sealed]) -> set[int]:
+        """Record what was sealed; what must be tried again."""
+        again: set[int] = set()
+        changed: list[tuple[Inode, bytes]] = []
+        catalog = self.volume.catalog
+        with catalog.transaction():
+            for sealed in results:
+                before = sealed.job.inode
+                now = catalog.get(before.id)
+                block = self.replicas.open_blocks.get(before.id)
+                if now is None or now.state == BlockState.SEALED:
+                    continue
+                if (
+                    sealed.checksum is None
+                    or now.generation != before.generation
+                    or now.state != before.state
+                    or (block is not None and block.writers)
+                ):
+                    again.add(before.id)
+                    continue
+                self._record(tier, sealed)
+                if before.state == BlockState.REOPENED:
+                    changed.append((before, sealed.job.path))
+        for inode, path in changed:
+            self._settle_reopened(tier, inode, path)
+        return again
+
+    def _record(self, tier: Tier, sealed: Sealed) -> None:
+        assert sealed.status is not None
+        catalog, number = self.volume.catalog, sealed.job.inode.id
+        allocated = sealed.status.st_blocks * 512
+        replica = next(r for r in catalog.replicas(number) if r.tier == tier.number)
+        catalog.update(
+            number, state=int(BlockState.SEALED), checksum=sealed.checksum,
+            size_bytes=sealed.status.st_size, generation=sealed.generation,
+        )  # fmt: skip
+        catalog.set_allocated(number, tier.number, allocated)
+        self.volume.space.resize(tier.index, replica.allocated_bytes, allocated)
+        self.volume.counters.count("seals")
+
+    def _settle_reopened(self, tier: Tier, before: Inode, path: bytes) -> None:
+        """Unchanged content: the other replicas are good again. Changed: they go."""
+        catalog = self.volume.catalog
+        now = catalog.get(before.id)
+        assert now is not None
+        if now.generation == before.generation:
+            catalog.set_replica_states(before.id, GOOD, besides=tier.number)
+            return
+        others = [r for r in catalog.replicas(before.id) if r.tier != tier.number]
+        with catalog.transaction():
+            self.replicas.promise_removal(before.id, path, others, inline_too=True)
+            for replica in others:
+                catalog.drop_replica(before.id, replica.tier)
+        for replica in others:
+            index = self.volume.by_number[replica.tier].index
+            self.volume.space.remove(index, replica.allocated_bytes, duplicate=True)
+        self.volume.settling_due.set()
+
+
+def seal_files(tier: Tier, jobs: list[Job]) -> list[Sealed]:
+    """Hash each file and write its record; a file that is gone or in use is left out. Blocking."""
+    results = []
+    for job in jobs:
+        try:
+            results.append(_seal_file(tier, job))
+        except FileNotFoundError:
+            continue
+    return results
+
+
+def _seal_file(tier: Tier, job: Job) -> Sealed:
+    absolute = tier.locate(job.path, job.fanned)
+    descriptor = os.open(absolute, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if tier.identity.probe.leases and not no_writer_left(descriptor):
+            return Sealed(job)
+        before = os.fstat(descriptor)
+        checksum = checksum_of(descriptor)
+        after = os.fstat(descriptor)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            return Sealed(job)
+    finally:
+        os.close(descriptor)
+    inode = job.inode
+    same = checksum == inode.checksum and after.st_size == inode.size_bytes
+    reopened = inode.state == BlockState.REOPENED
+    generation = inode.generation + (reopened and not same)
+    seal = Seal(
+        inode.id, generation, after.st_size, checksum,
+        inode.mode, inode.uid, inode.gid, inode.mtime_ns,
+    )  # fmt: skip
+    tier.write_seal(absolute, seal)
+    return Sealed(job, checksum, generation, after)

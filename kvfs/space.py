@@ -1,0 +1,127 @@
+"""Used, reserved and held bytes of each tier: what keeps a tier below its capacity.
+
+used      allocated bytes of the replicas that the catalog knows
+reserved  what open writers and copies under way may still write
+held      files without a name that somebody still has open
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from kvfs.config import TierConfig
+
+PAGE_BYTES = 4096
+FIRST_RESERVATION_BYTES = 32 << 20
+DIRECTORIES_REMEMBERED = 4096
+
+
+def rounded(size_bytes: int) -> int:
+    """Bytes that a file of this size allocates."""
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+@dataclass(slots=True)
+class TierSpace:
+    """The account of one tier."""
+
+    capacity_bytes: int
+    used_bytes: int = 0
+    reserved_bytes: int = 0
+    held_bytes: int = 0
+    blocks: int = 0
+
+    @property
+    def taken_bytes(self) -> int:
+        return self.used_bytes + self.reserved_bytes + self.held_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return max(0, self.capacity_bytes - self.taken_bytes)
+
+
+class Reservation:
+    """Bytes set aside on one tier until they are used or given back. Owned by the trio loop."""
+
+    __slots__ = ("_space", "size_bytes")
+
+    def __init__(self, space: TierSpace, size_bytes: int) -> None:
+        self._space = space
+        self.size_bytes = size_bytes
+        space.reserved_bytes += size_bytes
+
+    def grow_to(self, size_bytes: int) -> bool:
+        """Make it at least this large; False when the tier has no room."""
+        more = size_bytes - self.size_bytes
+        if more <= 0:
+            return True
+        if more > self._space.free_bytes:
+            return False
+        self._space.reserved_bytes += more
+        self.size_bytes = size_bytes
+        return True
+
+    def release(self) -> None:
+        """Give it back; repeating is harmless."""
+        self._space.reserved_bytes -= self.size_bytes
+        self.size_bytes = 0
+        assert self._space.reserved_bytes >= 0, "a reservation was given back twice"
+
+
+class Space:
+    """The accounts of all tiers, by index. Owned by the trio loop."""
+
+    def __init__(self, configs: tuple[TierConfig, ...]) -> None:
+        self.tiers = [TierSpace(config.capacity_bytes) for config in configs]
+        # Bytes of replicas beyond the first of each block: free space in all but name.
+        self.duplicate_bytes = 0
+        self._recent: OrderedDict[object, int] = OrderedDict()
+
+    def __getitem__(self, index: int) -> TierSpace:
+        return self.tiers[index]
+
+    def add(self, index: int, allocated_bytes: int, *, duplicate: bool = False) -> None:
+        """A replica came; `duplicate` when the block had one."""
+        self.duplicate_bytes += allocated_bytes if duplicate else 0
+        tier = self.tiers[index]
+        tier.used_bytes += allocated_bytes
+        tier.blocks += 1
+
+    def remove(self, index: int, allocated_bytes: int, *, duplicate: bool = False) -> None:
+        """A replica went; `duplicate` when the block keeps another."""
+        self.duplicate_bytes -= allocated_bytes if duplicate else 0
+        tier = self.tiers[index]
+        tier.used_bytes -= allocated_bytes
+        tier.blocks -= 1
+        assert tier.used_bytes >= 0, "more was removed from a tier than it had"
+        assert tier.blocks >= 0, "more was removed from a tier than it had"
+
+    def resize(self, index: int, before_bytes: int, after_bytes: int) -> None:
+        """A replica's allocation changed."""
+        self.tiers[index].used_bytes += after_bytes - before_bytes
+
+    def reserve(self, index: int, size_bytes: int) -> Reservation | None:
+        """Set bytes aside; None when there is no room."""
+        tier = self.tiers[index]
+        if size_bytes > tier.free_bytes:
+            return None
+        return Reservation(tier, size_bytes)
+
+    def expected_bytes(self, index: int, *keys: object) -> int:
+        """How large a new file may become: what the first known of `keys` (its directory, its
+        namespace) saw last; else 32 MiB or 1 % of the tier, whichever is less."""
+        for key in keys:
+            recent = self._recent.get(key)
+            if recent is not None:
+                return recent
+        return min(FIRST_RESERVATION_BYTES, self.tiers[index].capacity_bytes // 100)
+
+    def learn(self, size_bytes: int, *keys: object) -> None:
+        """A file was closed with this size. Large ones are remembered for a while."""
+        size_bytes = rounded(size_bytes)
+        for key in keys:
+            before = self._recent.pop(key, 0)
+            self._recent[key] = max(size_bytes, before * 3 // 4)
+        while len(self._recent) > DIRECTORIES_REMEMBERED:
+            self._recent.popitem(last=False)

@@ -1,0 +1,166 @@
+"""What the daemon shows of itself: the statistics document, and the description of a block."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from typing import Any
+
+from kvfs import scans
+from kvfs.attributes import STATE_NAMES
+from kvfs.catalog import BlockState, Inode, Kind
+from kvfs.policy import PolicySettings, TierView, explain
+from kvfs.scans import Survey
+from kvfs.store import Store
+
+STATISTICS_VERSION = 1
+# Moves that one plan may hold: the next pass comes soon.
+MAX_MOVES = 4096
+
+
+class Views:
+    """Read-only, on the trio loop: point queries and accounts in memory."""
+
+    def __init__(self, store: Store, mountpoint: str, socket_path: str) -> None:
+        self.store = store
+        self.mountpoint = mountpoint
+        self.socket_path = socket_path
+        self.started_s = time.time()
+        self.queued_moves = 0
+
+    def statistics(self) -> dict[str, Any]:
+        """The document of `.kvfs/stats` and `kvfs status --json`."""
+        store, volume = self.store, self.store.volume
+        counters = dict(volume.counters.events)
+        return {
+            "version": STATISTICS_VERSION,
+            "mountpoint": self.mountpoint,
+            "pid": os.getpid(),
+            "started_at": self.started_s,
+            "uptime_s": round(time.time() - self.started_s, 3),
+            "state": self._state(),
+            "socket": self.socket_path,
+            "on_full": volume.config.tiering.on_full,
+            "half_life_s": volume.config.tiering.half_life_s,
+            "blocks": volume.blocks,
+            "directories": volume.directories,
+            "unsealed": len(volume.to_seal),
+            "open": len(store.replicas.open_blocks),
+            "duplicate_bytes": volume.space.duplicate_bytes,
+            "tiers": self.tiers(),
+            "moves": {
+                "running": [
+                    {**asdict(move), "path": os.fsdecode(move.path)}
+                    for move in store.mover.running.values()
+                ],
+                "queued": self.queued_moves,
+            },
+            "counters": counters,
+        }
+
+    def _state(self) -> str:
+        if self.store.volume.walking:
+            return "recovering"
+        return "ok" if all(t.state == "online" for t in self.store.volume.tiers) else "degraded"
+
+    def tiers(self) -> list[dict[str, Any]]:
+        """One row per tier, fastest first."""
+        volume = self.store.volume
+        all_opens = sum(volume.counters.tier(tier.index).opens for tier in volume.tiers)
+        rows = []
+        for tier in volume.tiers:
+            account, counters = volume.space[tier.index], volume.counters.tier(tier.index)
+            low, high = volume.config.tiering.watermarks(tier.config)
+            rows.append({
+                "name": tier.name,
+                "medium": tier.config.medium,
+                "path": str(tier.config.path),
+                "uuid": tier.identity.uuid,
+                "capacity_bytes": account.capacity_bytes,
+                "used_bytes": account.used_bytes,
+                "reserved_bytes": account.reserved_bytes,
+                "held_bytes": account.held_bytes,
+                "free_bytes": account.free_bytes,
+                "high_watermark": high,
+                "low_watermark": low,
+                "blocks": account.blocks,
+                "state": "draining" if tier.draining and tier.online else tier.state,
+                "last_error": tier.last_error,
+                "hit_share": round(counters.opens / all_opens, 6) if all_opens else 0.0,
+                **asdict(counters),
+            })  # fmt: skip
+        return rows
+
+    def describe(self, inode: Inode, path: bytes, *, why: bool = False) -> dict[str, Any]:
+        """What `kvfs info` and `kvfs ls` show of one inode."""
+        attributes = self.store.attributes
+        block = inode.kind == Kind.BLOCK
+        names = attributes.replica_names(inode.id) if block else []
+        entry = self.store.volume.catalog.entry(inode.id)
+        by_directory = entry is not None and self.store.replicas.pinned_by_directory(entry[0])
+        described = {
+            "path": path,
+            "size_bytes": inode.size_bytes,
+            "tier": names[0] if names else None,
+            "replicas": names,
+            "heat": round(attributes.heat(inode.id), 4) if block else None,
+            "state": STATE_NAMES[BlockState(inode.state)] if block else None,
+            "pinned": inode.pin is not None or by_directory,
+            "last_access": inode.atime_ns / 1e9,
+            "kind": "block" if block else "directory",
+            "pin": inode.pin,
+            "ttl_s": inode.ttl_s,
+            "generation": inode.generation,
+            "checksum": inode.checksum.hex() if inode.checksum else None,
+            "inode": inode.id,
+            "open": inode.id in self.store.replicas.open_blocks,
+        }
+        if why:
+            described["why"] = self._why(inode) if block else "it is a directory"
+        return described
+
+    def _why(self, inode: Inode) -> str:
+        volume = self.store.volume
+        resident = scans.resident(volume.catalog.connection, inode.id)
+        if resident is None:
+            return "it has no replica"
+        survey = self.survey()
+        snapshot = scans.snapshot(volume.catalog.connection, survey)
+        view = scans.view(volume.catalog.connection, survey, resident)
+        return explain(view, snapshot, survey.settings)
+
+    def survey(self, budgets: dict[int, int] | None = None) -> Survey:
+        """What a plan starts from; immutable, for a worker thread."""
+        volume = self.store.volume
+        now_s = volume.clock.now_s()
+        tiering = volume.config.tiering
+        return Survey(
+            now_s=now_s,
+            half_life_s=tiering.half_life_s,
+            tiers=tuple(self._tier_views(budgets or {})),
+            index_of={tier.number: tier.index for tier in volume.tiers},
+            open_inodes=frozenset(self.store.replicas.open_blocks),
+            pending_tau=volume.accesses.pending(),
+            keep=tiering.keep,
+            settings=PolicySettings(
+                promote_heat=tiering.promote_heat,
+                hysteresis=tiering.hysteresis,
+                on_full=tiering.on_full,
+                max_moves=MAX_MOVES,
+            ),
+        )
+
+    def _tier_views(self, budgets: dict[int, int]) -> list[TierView]:
+        volume = self.store.volume
+        views = []
+        for tier in volume.tiers:
+            account = volume.space[tier.index]
+            low, high = volume.config.tiering.watermarks(tier.config)
+            views.append(TierView(
+                index=tier.index, name=tier.name, capacity_bytes=account.capacity_bytes,
+                used_bytes=account.taken_bytes, high_watermark=high, low_watermark=low,
+                promote_budget_bytes=budgets.get(tier.index, account.capacity_bytes),
+                online=tier.online and not tier.draining,
+            ))  # fmt: skip
+        return views

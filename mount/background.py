@@ -1,0 +1,34 @@
+"""The process that `kvfs mount` leaves behind: takes its order on stdin, tells when it is ready."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+
+from kvfs.mount.daemon import run
+from kvfs.mount.session import refusal_of
+
+
+def main() -> int:
+    """Serve; whoever started this reads b"ready" or a refusal from the descriptor argument."""
+    ready = int(sys.argv[1])
+    mountpoint, config, forget_tiers = pickle.load(sys.stdin.buffer)
+    told = False
+
+    def tell(answer: bytes) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            os.write(ready, answer)
+            os.close(ready)
+
+    try:
+        return run(mountpoint, config, forget_tiers, on_ready=lambda: tell(b"ready"))
+    except BaseException as error:
+        tell(refusal_of(error))
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

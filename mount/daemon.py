@@ -1,0 +1,240 @@
+"""The daemon: opens the volume, mounts, and runs every service in one nursery.
+
+A service that crashes takes the mount down loudly; an error of a tier does not. On every way out
+the mount is detached, what can be flushed is flushed, and the catalog is closed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pyfuse3
+import trio
+
+from kvfs.config import Config, check_config, config_to_builtins, load_config, reloadable_changes
+from kvfs.errors import ConfigError, KvfsError, MountpointError
+from kvfs.metrics import prometheus_text
+from kvfs.mount import services
+from kvfs.mount.control_dir import ControlDirectory
+from kvfs.mount.invalidate import Invalidator
+from kvfs.mount.operations import Operations
+from kvfs.mount.server import ControlServer, socket_path_for
+from kvfs.mount.session import detach, set_up_logging, umount2
+from kvfs.mount.tiering import Tiering
+from kvfs.mount.verbs import Verbs
+from kvfs.seal import ignore_lease_breaks
+from kvfs.store import Store
+from kvfs.views import Views
+from kvfs.volume import open_volume
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_KIB = 1024
+FINAL_FLUSH_S = 60.0
+# Enough for the 1 MiB requests of many readers; what is above waits in the kernel.
+MAX_FUSE_TASKS = 64
+
+
+def run(
+    mountpoint: Path, config: Config, forget_tiers: tuple[str, ...] = (),
+    on_ready: Callable[[], None] = lambda: None,
+) -> int:  # fmt: skip
+    """Serve until unmounted. Raises KvfsError when it cannot start; the exit status otherwise."""
+    set_up_logging(config.mount.log_level)
+    ignore_lease_breaks()
+    trio.run(Daemon(mountpoint, config, forget_tiers, on_ready).serve)
+    return 0
+
+
+class Daemon:
+    """One mount. Owned by the trio loop."""
+
+    def __init__(
+        self, mountpoint: Path, config: Config, forget_tiers: tuple[str, ...],
+        on_ready: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.mountpoint = mountpoint
+        self._on_ready = on_ready
+        self.volume = open_volume(config, forget_tiers)
+        self.store = Store(self.volume)
+        socket_path = socket_path_for(mountpoint)
+        self.store.attributes.socket_path = str(socket_path)
+        self.views = Views(self.store, str(mountpoint), str(socket_path))
+        self.tiering = Tiering(self.store, self.views)
+        self.server = ControlServer(
+            socket_path, Verbs(self.store, self.views, self.tiering, self.reload)
+        )
+        self.invalidator = Invalidator()
+        self.volume.name_changed = self.invalidator.name_changed
+        self.operations = Operations(self.store, self._control_directory())
+
+    def _control_directory(self) -> ControlDirectory:
+        def document(make: Callable[[], object]) -> Callable[[], bytes]:
+            return lambda: json.dumps(make(), indent=2).encode() + b"\n"
+
+        return ControlDirectory({
+            b"stats": document(self.views.statistics),
+            b"metrics": lambda: prometheus_text(self.views.statistics()),
+            b"config": document(lambda: config_to_builtins(self.volume.config)),
+            b"tiers": document(self.views.tiers),
+        })  # fmt: skip
+
+    async def serve(self) -> None:
+        """From recovery to the last flush."""
+        clean = False
+        try:
+            await self.store.recovery.before_serving()
+            self._mount()
+            try:
+                await self._serve_mounted()
+                clean = True
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(detach, self.mountpoint)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._finish(clean=clean)
+
+    def _mount(self) -> None:
+        options = set(pyfuse3.default_options)
+        config = self.volume.config.mount
+        options |= {f"fsname={config.fsname}", "subtype=kvfs"}
+        if config.allow_other:
+            options.add("allow_other")
+        try:
+            pyfuse3.init(self.operations, str(self.mountpoint), options)
+        except RuntimeError as error:
+            raise MountpointError(
+                f"{self.mountpoint}: mounting failed ({error}); `kvfs doctor` says what is missing"
+            ) from None
+
+    async def _serve_mounted(self) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                self._start_services(nursery)
+                await nursery.start(self.server.run)
+                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self._announce)
+                await pyfuse3.main(min_tasks=2, max_tasks=MAX_FUSE_TASKS)
+                nursery.cancel_scope.cancel()
+        finally:
+            pyfuse3.close(unmount=False)
+
+    def _start_services(self, nursery: trio.Nursery) -> None:
+        store = self.store
+        nursery.start_soon(self.invalidator.run)
+        nursery.start_soon(store.sealer.run)
+        nursery.start_soon(self.tiering.run)
+        nursery.start_soon(services.flush_heat, store)
+        nursery.start_soon(services.settle_intents, store)
+        nursery.start_soon(services.expire, store)
+        nursery.start_soon(services.watch_tiers, store)
+        nursery.start_soon(services.checkpoint, self.volume.catalog)
+        if self.volume.unclean and not self.volume.rebuild:
+            nursery.start_soon(store.recovery.reconcile)
+
+    async def _announce(self) -> None:
+        """Ready means that the mount answers, not that it was made."""
+        await trio.to_thread.run_sync(os.listdir, self.mountpoint)
+        await trio.to_thread.run_sync(raise_read_ahead, self.mountpoint)
+        log.info("mounted on %s", self.mountpoint)
+        notify_systemd("READY=1")
+        self._on_ready()
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    self._reload_on_signal()
+                else:
+                    notify_systemd("STOPPING=1")
+                    await self._unmount()
+
+    async def _unmount(self) -> None:
+        """Leave the mount: in order when nobody uses it, else at once."""
+        log.info("unmounting %s", self.mountpoint)
+        try:
+            await trio.to_thread.run_sync(umount2, self.mountpoint, 0)
+        except OSError as error:
+            log.info("it is in use (%s): detached", error.strerror)
+            await trio.to_thread.run_sync(detach, self.mountpoint)
+            pyfuse3.terminate()
+
+    def reload(self) -> tuple[list[str], list[str]]:
+        """Read the configuration file again; what changed now, and what needs a remount."""
+        old = self.volume.config
+        path = Path(old.source)
+        if not path.is_file():
+            raise ConfigError("mounted without a configuration file: there is nothing to reload")
+        new = load_config(path)
+        check_config(new, self.mountpoint)
+        applied, needs_remount = reloadable_changes(old, new)
+        by_name = {tier.name: tier for tier in new.tier}
+        for tier in self.volume.tiers:
+            if tier.name in by_name:
+                changed = msgspec.structs.replace(
+                    by_name[tier.name], path=tier.config.path, medium=tier.config.medium
+                )
+                tier.reconfigure(changed)
+                self.volume.space[tier.index].capacity_bytes = changed.capacity_bytes
+        tiers = tuple(tier.config for tier in self.volume.tiers)
+        self.volume.config = msgspec.structs.replace(old, tiering=new.tiering, tier=tiers)
+        self.volume.accesses.half_life_s = new.tiering.half_life_s
+        self.tiering.reconfigure()
+        log.info("reloaded %s: applied %s", path, ", ".join(applied) or "nothing")
+        if needs_remount:
+            log.warning("these need a remount: %s", ", ".join(needs_remount))
+        return applied, needs_remount
+
+    def _reload_on_signal(self) -> None:
+        try:
+            self.reload()
+        except KvfsError as error:
+            log.error("not reloaded: %s", error)
+
+    async def _finish(self, *, clean: bool) -> None:
+        """What was promised and can still be done, within a bound."""
+        try:
+            with trio.move_on_after(FINAL_FLUSH_S) as scope:
+                await self.operations.close_all()
+                await self.store.sealer.seal_pending()
+                await services.flush_once(self.store)
+                for tier in self.volume.tiers:
+                    if tier.online:
+                        await services.settle(self.store, tier)
+            clean = clean and not scope.cancelled_caught
+        except BaseException:
+            clean = False
+            raise
+        finally:
+            self.volume.close(clean=clean)
+            log.info("stopped")
+
+
+def raise_read_ahead(mountpoint: Path) -> None:
+    """Let the kernel ask for 1 MiB at once instead of 128 KiB; only root may say so."""
+    device = os.stat(mountpoint).st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    try:
+        setting.write_text(str(READ_AHEAD_KIB))
+    except OSError as error:
+        log.info("read-ahead stays small, buffered reads are slower: %s", error)
+
+
+def notify_systemd(state: str) -> None:
+    """sd_notify(3), when a supervisor asked for it."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notifier:
+        notifier.connect(address)
+        notifier.sendall(state.encode())

@@ -1,0 +1,159 @@
+"""The small services of the daemon: each a loop that does one bounded thing and waits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+
+import trio
+
+from kvfs import heat, scans
+from kvfs.catalog import BATCH_ROWS, Catalog
+from kvfs.errors import BlockBusy, BlockNotFound, TierError, TierOffline
+from kvfs.store import Store
+from kvfs.tier import Tier
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 1.0
+TRIM_GHOSTS_EVERY = 60
+CHECKPOINT_S = 5.0
+SETTLE_S = 5.0
+EXPIRE_S = 2.0
+EXPIRE_BLOCKS = 5000
+PROBE_S = 5.0
+
+
+async def flush_heat(store: Store) -> None:
+    """Accesses and directory times into the catalog, every second."""
+    flushes = 0
+    while True:
+        await trio.sleep(FLUSH_S)
+        await flush_once(store)
+        flushes += 1
+        if flushes % TRIM_GHOSTS_EVERY == 0:
+            store.volume.catalog.trim_ghosts(store.volume.config.tiering.ghosts)
+
+
+async def flush_once(store: Store) -> None:
+    """At most 500 rows a transaction, with a pause for requests between them."""
+    volume = store.volume
+    times = store.namespace.take_directory_times()
+    for start in range(0, len(times), BATCH_ROWS):
+        with volume.catalog.transaction():
+            for directory, changed_ns in times[start : start + BATCH_ROWS]:
+                volume.catalog.update(directory, mtime_ns=changed_ns, ctime_ns=changed_ns)
+        await trio.sleep(0)
+    while entries := volume.accesses.take(BATCH_ROWS):
+        now_s = volume.clock.now_s()
+        half_life_s = volume.config.tiering.half_life_s
+        with volume.catalog.transaction():
+            for inode, pending in entries:
+                stored = volume.catalog.tau_of(inode)
+                if stored is None:
+                    continue
+                tau = heat.touch(stored, pending.tau, half_life_s)
+                tau = heat.clamp(tau, now_s, half_life_s)
+                volume.catalog.set_tau(inode, tau, int(pending.last_s * 1e9))
+        volume.accesses.flushed(entries, now_s)
+        await trio.sleep(0)
+
+
+async def checkpoint(catalog: Catalog) -> None:
+    """Move the log into the database from a thread: its fsync would stop the loop."""
+    while True:
+        await trio.sleep(CHECKPOINT_S)
+        await trio.to_thread.run_sync(_checkpoint, catalog)
+
+
+def _checkpoint(catalog: Catalog) -> None:
+    connection = sqlite3.connect(catalog.path, isolation_level=None)
+    try:
+        Catalog.checkpoint(connection)
+    finally:
+        connection.close()
+
+
+async def settle_intents(store: Store) -> None:
+    """Carry out promised removals and renames, per tier, so that a slow one delays no other."""
+    while True:
+        with trio.move_on_after(SETTLE_S):
+            await store.volume.settling_due.wait()
+        store.volume.settling_due = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for tier in store.volume.tiers:
+                if tier.online:
+                    nursery.start_soon(settle, store, tier)
+
+
+async def settle(store: Store, tier: Tier) -> None:
+    """What fails stays promised."""
+    try:
+        await store.replicas.settle(tier)
+    except (OSError, TierOffline) as error:
+        log.error("tier %s: %s", tier.name, error)
+
+
+async def expire(store: Store) -> None:
+    """TTLs and temporary files that their writer forgot."""
+    while True:
+        await trio.sleep(EXPIRE_S)
+        expired, forgotten = await trio.to_thread.run_sync(_find_expired, store)
+        for inode in expired:
+            try:
+                store.replicas.evict(inode, asked=True)
+            except (BlockBusy, BlockNotFound, OSError):
+                continue
+            store.volume.counters.count("ttl_expired")
+        for inode in forgotten:
+            remove_temporary(store, inode)
+        if expired or forgotten:
+            store.volume.settling_due.set()
+
+
+def _find_expired(store: Store) -> tuple[list[int], list[int]]:
+    reader = store.volume.catalog.reader()
+    now_ns = int(store.volume.clock.now_s() * 1e9)
+    before_ns = now_ns - int(store.volume.config.tiering.tmp_ttl_s * 1e9)
+    try:
+        return (
+            scans.expired(reader, now_ns, EXPIRE_BLOCKS),
+            scans.forgotten_temporaries(reader, before_ns, EXPIRE_BLOCKS),
+        )
+    finally:
+        reader.close()
+
+
+def remove_temporary(store: Store, number: int) -> None:
+    """A `*.tmp` without a handle goes, sealed or not."""
+    catalog = store.volume.catalog
+    inode, path, entry = catalog.get(number), catalog.path_of(number), catalog.entry(number)
+    if inode is None or path is None or entry is None:
+        return
+    if number in store.replicas.open_blocks or not store.volume.claims.is_free(path):
+        return
+    log.info("%r was forgotten by its writer: removed", os.fsdecode(path))
+    store.replicas.remove_block(inode, path)
+    store.volume.name_changed(*entry)
+    store.volume.counters.count("tmp_expired")
+
+
+async def watch_tiers(store: Store) -> None:
+    """Bring tiers back that failed, when a probe succeeds."""
+    while True:
+        await trio.sleep(PROBE_S)
+        async with trio.open_nursery() as nursery:
+            for tier in store.volume.tiers:
+                if tier.state != "online":
+                    nursery.start_soon(_revive, store, tier)
+
+
+async def _revive(store: Store, tier: Tier) -> None:
+    with trio.move_on_after(tier.config.deadline_s):
+        try:
+            await trio.to_thread.run_sync(tier.probe, limiter=tier.limiter, abandon_on_cancel=True)
+        except (OSError, TierError):
+            return
+        tier.mark_online()
+        store.volume.settling_due.set()

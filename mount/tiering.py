@@ -1,0 +1,165 @@
+"""The tiering loop: survey -> plan (a worker thread) -> moves (mover workers). Joins policy and mover."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from kvfs.budget import Budget, DailyBudget, available_bytes
+from kvfs.errors import BlockBusy, BlockCorrupt, BlockNotFound, TierFull, TierOffline
+from kvfs.policy import Move, Plan, plan
+from kvfs.scans import Survey, snapshot
+from kvfs.store import Store
+from kvfs.views import Views
+
+log = logging.getLogger(__name__)
+
+# Between two plans, also when somebody asks for one all the time.
+MIN_INTERVAL_S = 0.05
+BURST_S = 1.0
+MIN_BURST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan and how long it took to make."""
+
+    plan: Plan
+    planning_s: float
+
+
+class Tiering:
+    """Owned by the trio loop."""
+
+    def __init__(self, store: Store, views: Views) -> None:
+        self.store = store
+        self.views = views
+        self._budgets: dict[int, Budget] = {}
+        self._daily: dict[int, DailyBudget] = {}
+        self._busy = 0
+        self.reconfigure()
+
+    def reconfigure(self) -> None:
+        """Take budgets from the configuration (again)."""
+        config = self.store.volume.config
+        for tier in self.store.volume.tiers:
+            rate = config.tiering.promote_bandwidth_of(tier.config)
+            burst = max(int(rate * BURST_S), MIN_BURST_BYTES)
+            self._budgets[tier.index] = Budget(rate, burst)
+            per_day = tier.config.write_budget_per_day
+            if per_day is not None:
+                self._daily[tier.index] = DailyBudget(per_day)
+
+    async def run(self) -> None:
+        """Plan every interval, or when a tier is above its watermark, and carry the plan out."""
+        volume = self.store.volume
+        send, receive = trio.open_memory_channel[Move](0)
+        async with trio.open_nursery() as nursery:
+            for _ in range(volume.config.tiering.workers):
+                nursery.start_soon(self._work, receive.clone())
+            while True:
+                with trio.move_on_after(volume.config.tiering.interval_s):
+                    await volume.tiering_due.wait()
+                volume.tiering_due = trio.Event()
+                await self.pass_once(send)
+                await trio.sleep(MIN_INTERVAL_S)
+
+    async def pass_once(self, send: trio.MemorySendChannel[Move]) -> None:
+        """One plan, handed to the workers and waited for."""
+        planned = await self.plan()
+        self.store.volume.counters.count("tiering_passes")
+        self.views.queued_moves = len(planned.plan.moves)
+        for move in planned.plan.moves:
+            await send.send(move)
+            self.views.queued_moves -= 1
+        while self._busy:
+            await trio.sleep(MIN_INTERVAL_S / 5)
+
+    async def plan(self) -> Planned:
+        """What should move now. Changes nothing."""
+        now_s = self.store.volume.clock.now_s()
+        budgets = {
+            index: available_bytes(now_s, budget, self._daily.get(index))
+            for index, budget in self._budgets.items()
+        }
+        survey = self.views.survey(budgets)
+        start_s = trio.current_time()
+        made = await trio.to_thread.run_sync(self._plan_in_thread, survey)
+        return Planned(made, trio.current_time() - start_s)
+
+    def _plan_in_thread(self, survey: Survey) -> Plan:
+        reader = self.store.volume.catalog.reader()
+        try:
+            return plan(snapshot(reader, survey), survey.settings)
+        finally:
+            reader.close()
+
+    async def _work(self, receive: trio.MemoryReceiveChannel[Move]) -> None:
+        async for move in receive:
+            self._busy += 1
+            try:
+                await self._execute(move)
+            finally:
+                self._busy -= 1
+
+    async def _execute(self, move: Move) -> None:
+        counters = self.store.volume.counters
+        if not self._still_wanted(move):
+            counters.count("moves_unwanted")
+            return
+        try:
+            moved = await self.store.mover.execute(move, lambda: self._still_wanted(move))
+        except (BlockBusy, BlockNotFound, TierFull, FileNotFoundError):
+            counters.count("moves_overtaken")
+        except (BlockCorrupt, TierOffline, OSError) as error:
+            counters.count("moves_failed")
+            path = self.store.volume.catalog.path_of(move.inode)
+            log.error("%s of %r failed: %s", move.kind, os.fsdecode(path or b"?"), error)
+        else:
+            if move.kind == "promote" and move.target is not None:
+                self._spend(move.target, moved)
+
+    def _spend(self, index: int, moved_bytes: int) -> None:
+        now_s = self.store.volume.clock.now_s()
+        self._budgets[index] = self._budgets[index].spend(now_s, moved_bytes)
+        if index in self._daily:
+            self._daily[index] = self._daily[index].spend(now_s, moved_bytes)
+
+    def _still_wanted(self, move: Move) -> bool:
+        """Heat, pins and handles at the moment of the move, not only when it was planned."""
+        store, volume = self.store, self.store.volume
+        inode = volume.catalog.get(move.inode)
+        entry = volume.catalog.entry(move.inode)
+        if inode is None or entry is None or inode.pin is not None:
+            return False
+        if store.replicas.pinned_by_directory(entry[0]):
+            return False
+        hot = store.attributes.heat(move.inode) >= volume.config.tiering.promote_heat
+        if move.kind == "promote":
+            return hot
+        if move.inode in store.replicas.open_blocks:
+            return False
+        # A plan displaces hot blocks only by hotter ones; one that became hot since stays.
+        account = volume.space[move.source]
+        low, _ = volume.config.tiering.watermarks(volume.tiers[move.source].config)
+        return not hot or account.taken_bytes > low * account.capacity_bytes
+
+    def as_documents(self, made: Plan) -> list[dict[str, Any]]:
+        """The moves of a plan for people."""
+        volume = self.store.volume
+        names = [tier.name for tier in volume.tiers]
+        return [
+            {
+                "kind": move.kind,
+                "path": volume.catalog.path_of(move.inode) or b"",
+                "size_bytes": move.size_bytes,
+                "source": names[move.source],
+                "target": None if move.target is None else names[move.target],
+                "reason": move.reason,
+            }
+            for move in made.moves
+        ]

@@ -1,0 +1,116 @@
+"""The package as users get it: what the wheel holds; the core runs without FUSE and CUDA."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvfs
+
+ROOT = Path(__file__).parents[2]
+MAPPED = ("gpu", "mount", "tools")
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names in a wheel, built from a copy because a build leaves files in its tree."""
+    base = tmp_path_factory.mktemp("wheel")
+    tree = base / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("kvfs", *MAPPED):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    built = subprocess.run(
+        [*build, "--disable-pip-version-check", "--wheel-dir", base, tree],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = base.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def core_modules() -> list[str]:
+    return sorted(f"kvfs.{path.stem}" for path in (ROOT / "kvfs").glob("*.py"))
+
+
+def test_links_give_the_tree_the_shape_of_the_package() -> None:
+    for name in MAPPED:
+        assert (ROOT / "kvfs" / name).readlink() == Path("..") / name
+
+
+def test_the_list_of_packages_is_complete(pyproject: dict[str, Any]) -> None:
+    found = {"kvfs"}
+    for name in MAPPED:
+        for init in (ROOT / name).rglob("__init__.py"):
+            found.add(".".join(["kvfs", *init.parent.relative_to(ROOT).parts]))
+    setuptools = pyproject["tool"]["setuptools"]
+    assert set(setuptools["packages"]) == found
+    assert set(setuptools["package-dir"]) == found
+
+
+def test_the_version_is_the_same_everywhere(pyproject: dict[str, Any]) -> None:
+    assert kvfs.__version__ == pyproject["project"]["version"]
+    assert f"## [{kvfs.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_wheel_holds_kvfs_and_nothing_else(wheel_names: set[str]) -> None:
+    top_level = {name.partition("/")[0] for name in wheel_names}
+    metadata = f"kvfs-{kvfs.__version__}.dist-info"
+    assert top_level == {"kvfs", metadata}
+    assert f"{metadata}/licenses/LICENSE" in wheel_names
+    assert "kvfs/py.typed" in wheel_names
+
+
+def test_the_wheel_holds_every_module(wheel_names: set[str]) -> None:
+    expected = {f"kvfs/{path.name}" for path in (ROOT / "kvfs").glob("*.py")}
+    for name in MAPPED:
+        expected |= {f"kvfs/{name}/{path.name}" for path in (ROOT / name).glob("*.py")}
+    assert {name for name in wheel_names if name.endswith(".py")} == expected
+
+
+def test_every_script_of_the_package_exists(pyproject: dict[str, Any]) -> None:
+    for target in pyproject["project"]["scripts"].values():
+        module, _, function = target.partition(":")
+        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        assert re.search(rf"^(?:async )?def {function}\(", path.read_text(), re.MULTILINE), target
+
+
+@pytest.mark.parametrize("modules", [core_modules(), ["kvfs.gpu"]], ids=["core", "gpu"])
+def test_runs_where_fuse_and_cuda_are_absent(modules: list[str]) -> None:
+    program = """
+import importlib, sys
+for absent in ("pyfuse3", "cupy", "kvikio"):
+    sys.modules[absent] = None
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+assert not any(name.startswith(("kvfs.mount", "kvfs.tools")) for name in sys.modules)
+"""
+    command = [sys.executable, "-W", "error", "-c", program, *modules]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+
+
+def test_importing_kvfs_imports_nothing_else() -> None:
+    program = "import sys, kvfs; print([n for n in sys.modules if n.startswith('kvfs.')])"
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"

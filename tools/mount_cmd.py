@@ -1,0 +1,87 @@
+"""`kvfs mount`: the options of a mount become one checked configuration, then a daemon.
+
+Owns how `--config`, `--tier` and the defaults combine. Mounting is `kvfs.mount.session`, imported
+when it is needed: the other verbs run where pyfuse3 is absent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvfs.config import Config, check_config, default_config, load_config, parse_tier_option
+from kvfs.errors import KvfsError, UsageError
+from kvfs.tools.render import name_text
+
+
+def register(app: typer.Typer) -> None:
+    app.command("mount")(mount)
+
+
+def mount(
+    mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An empty directory.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration (TOML).")
+    ] = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tier",
+            "-t",
+            metavar="NAME=PATH,capacity=SIZE",
+            help="A tier, fastest first; instead of --config.",
+        ),
+    ] = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", "-f", help="Stay, and log to stderr.")
+    ] = False,
+    forget_tier: Annotated[
+        list[str] | None,
+        typer.Option("--forget-tier", metavar="NAME", help="Give up the blocks only it has."),
+    ] = None,
+    log_file: Annotated[
+        Path | None, typer.Option("--log-file", metavar="FILE", help="Log of the daemon.")
+    ] = None,
+) -> None:
+    """Mount kvfs on MOUNTPOINT and return when it answers.
+
+    Without --config and --tier the tiers lie below your data directory.
+    """
+    if foreground and log_file is not None:
+        raise UsageError("--foreground logs to stderr: leave out --log-file")
+    absolute = Path(os.path.abspath(mountpoint))
+    effective = effective_config(config, tier or ())
+    check_config(effective, absolute)
+    forget = tuple(forget_tier or ())
+    with fuse_needed():
+        from kvfs.mount.session import mount_background, mount_foreground
+    if foreground:
+        raise typer.Exit(mount_foreground(absolute, effective, forget_tiers=forget))
+    log_path = None if log_file is None else Path(os.path.abspath(log_file))
+    pid = mount_background(absolute, effective, forget_tiers=forget, log_file=log_path)
+    typer.echo(f"mounted {name_text(absolute)} (pid {pid})")
+
+
+def effective_config(file: Path | None, tiers: Sequence[str]) -> Config:
+    """The configuration that the options of a command name."""
+    if file is not None and tiers:
+        raise UsageError("--config and --tier exclude each other: name the tiers in the file")
+    if file is not None:
+        return load_config(file)
+    if tiers:
+        return Config(tuple(parse_tier_option(text) for text in tiers))
+    return default_config()
+
+
+@contextmanager
+def fuse_needed() -> Iterator[None]:
+    """Around the import of `kvfs.mount.session`: says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise KvfsError(f"mounting needs pyfuse3: `pip install 'kvfs[mount]'` ({error})") from error

@@ -1,0 +1,128 @@
+"""`kvfs tier`: list the tiers, prepare a directory, empty a tier, run a tiering pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvfs.tools.mounts import ask, order, socket_of
+from kvfs.tools.render import (
+    count_text,
+    name_text,
+    print_json,
+    progress_bar,
+    show,
+    size_text,
+    state_text,
+    table,
+    usage_bar,
+    warn,
+)
+
+Mountpoint = Annotated[
+    Path | None, typer.Argument(metavar="MOUNTPOINT", help="Default: the only mount.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    verbs = typer.Typer(help="List, prepare, empty and balance tiers.", no_args_is_help=True)
+    verbs.command("list")(list_tiers)
+    verbs.command("init")(init)
+    verbs.command("drain")(drain)
+    verbs.command("run")(run)
+    app.add_typer(verbs, name="tier")
+
+
+def list_tiers(mountpoint: Mountpoint = None, as_json: AsJson = False) -> None:
+    """List the tiers, fastest first."""
+    tiers = ask(socket_of(mountpoint), "status")["tiers"]
+    if as_json:
+        print_json({"tiers": tiers})
+        return
+    view = table("Tier", "Medium", "State", "Usage", ">Used", ">Capacity", ">Blocks", "Path")
+    for tier in tiers:
+        claimed = tier["reserved_bytes"] + tier["held_bytes"]
+        view.add_row(
+            tier["name"],
+            tier["medium"],
+            state_text(tier["state"]),
+            usage_bar(tier["used_bytes"], claimed, tier["capacity_bytes"]),
+            size_text(tier["used_bytes"]),
+            size_text(tier["capacity_bytes"]),
+            count_text(tier["blocks"]),
+            name_text(tier["path"]),
+        )
+    show(view)
+
+
+def init(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The directory.")],
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Take over the files that lie there.")
+    ] = False,
+) -> None:
+    """Make PATH a tier. An empty directory needs no init: `kvfs mount` does it."""
+    # It brings trio along, which no other verb needs.
+    from kvfs.tier import init_tier
+
+    identity = init_tier(path.absolute(), adopt=adopt)
+    then = "; the next mount takes over what lies there" if adopt else ""
+    typer.echo(f"{name_text(path)} is tier {identity.uuid}{then}")
+
+
+def drain(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The tier.")],
+    mountpoint: Mountpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move everything off tier NAME and wait. Interrupted or failed, run it again: it goes on."""
+    with progress_bar(f"drain {name}") as feed:
+        answer = order(socket_of(mountpoint), "tier_drain", {"name": name}, feed)
+    if as_json:
+        print_json(answer)
+    else:
+        typer.echo(f"moved {answer['moved']} blocks ({size_text(answer['bytes'])}) off {name}")
+    if answer["remaining"]:
+        warn(
+            f"{answer['remaining']} blocks remain on {name}, open or without room elsewhere: "
+            "run it again"
+        )
+        raise typer.Exit(1)
+
+
+def run(
+    mountpoint: Mountpoint = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what it would do, do nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run one tiering pass now, or show what it would do."""
+    answer = order(socket_of(mountpoint), "tier_run", {"dry_run": dry_run})
+    if as_json:
+        print_json(answer)
+        return
+    moves = answer["moves"]
+    if moves:
+        view = table("Move", "From", "To", ">Size", "Reason", "Block")
+        for move in moves:
+            view.add_row(
+                move["kind"],
+                move["source"],
+                move["target"] or "",
+                size_text(move["size_bytes"]),
+                move["reason"],
+                name_text(move["path"]),
+            )
+        show(view)
+    for note in answer["notes"]:
+        typer.echo(note)
+    size_bytes = sum(move["size_bytes"] for move in moves)
+    would = "would be " if dry_run else ""
+    typer.echo(
+        f"{len(moves)} moves {would}planned, {size_text(size_bytes)}, "
+        f"in {answer['planning_s'] * 1000:.1f} ms"
+    )

@@ -1,0 +1,99 @@
+"""An outside witness of tier capacities: the most bytes each directory ever had allocated.
+
+Owns nothing of kvfs and asks it nothing: it walks the directories and adds up what the filesystem
+says each regular file occupies. `python -m kvfs.tools.watch_capacity TIERDIR... --json OUT` samples
+until SIGTERM or SIGINT, then writes OUT.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+STAT_BLOCK_BYTES = 512
+
+
+class TierPeak(msgspec.Struct):
+    """The largest sample of one directory."""
+
+    path: str
+    max_allocated_bytes: int = 0
+    last_allocated_bytes: int = 0
+
+
+class Watch(msgspec.Struct):
+    """All samples so far; owned by the loop in `watch`."""
+
+    tiers: list[TierPeak]
+    samples: int = 0
+    longest_sample_s: float = 0.0
+
+    def sample(self) -> None:
+        started_s = time.monotonic()
+        for tier in self.tiers:
+            tier.last_allocated_bytes = allocated_bytes(tier.path)
+            tier.max_allocated_bytes = max(tier.max_allocated_bytes, tier.last_allocated_bytes)
+        self.samples += 1
+        self.longest_sample_s = max(self.longest_sample_s, time.monotonic() - started_s)
+
+
+def allocated_bytes(directory: str) -> int:
+    """Bytes that the regular files below `directory` occupy; files may vanish meanwhile."""
+    total = 0
+    pending = [directory]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        total += _file_bytes(entry)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return total
+
+
+def _file_bytes(entry: os.DirEntry[str]) -> int:
+    try:
+        if not entry.is_file(follow_symlinks=False):
+            return 0
+        return entry.stat(follow_symlinks=False).st_blocks * STAT_BLOCK_BYTES
+    except FileNotFoundError:
+        return 0
+
+
+def watch(directories: Sequence[str], interval_s: float, stop: threading.Event) -> Watch:
+    """Sample every `interval_s` until `stop` is set, and once more after it."""
+    state = Watch([TierPeak(path) for path in directories])
+    while not stop.is_set():
+        next_s = time.monotonic() + interval_s
+        state.sample()
+        stop.wait(max(0.0, next_s - time.monotonic()))
+    state.sample()
+    return state
+
+
+def main(
+    directories: Annotated[list[Path], typer.Argument(exists=True, file_okay=False)],
+    json_file: Annotated[Path, typer.Option("--json", help="Where the result goes.")],
+    interval_ms: Annotated[int, typer.Option(min=1)] = 50,
+) -> None:
+    """Record the largest allocated size of each directory until SIGTERM."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    result = watch([str(path) for path in directories], interval_ms / 1000, stop)
+    json_file.write_bytes(msgspec.json.encode(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
