@@ -56,7 +56,7 @@ class Accesses:
 
     def take(self, most: int) -> list[tuple[int, Pending]]:
         """Up to `most` pending entries, which are no longer pending."""
-        taken = []
+        taken: list[tuple[int, Pending]] = []
         while self._pending and len(taken) < most:
             taken.append(self._pending.popitem())
         return taken

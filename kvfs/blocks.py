@@ -432,6 +432,13 @@ def written_attributes(status: os.stat_result) -> dict[str, int]:
     }
 
 
+def with_written(inode: Inode, status: os.stat_result) -> Inode:
+    """The row as it will be when the writer closes."""
+    return inode._replace(
+        size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns
+    )
+
+
 def _try_write(descriptor: int, data: bytes, offset: int) -> bool:
     """False when the medium is full; what was written then is written again elsewhere."""
     try:

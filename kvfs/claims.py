@@ -24,15 +24,15 @@ class Claims:
         """Whether nobody is changing one of these paths, a parent or a child of it."""
         if not self._held:
             return True
-        return not any(self._conflict(path) for path in paths)
+        return all(self._conflict(path) is None for path in paths)
 
     async def wait(self, *paths: bytes) -> None:
         """Return when all are free; no checkpoint when they are now."""
         while self._held:
-            event = next((e for path in paths if (e := self._conflict(path))), None)
-            if event is None:
+            events = [event for event in map(self._conflict, paths) if event is not None]
+            if not events:
                 return
-            await event.wait()
+            await events[0].wait()
 
     @asynccontextmanager
     async def hold(self, *paths: bytes) -> AsyncIterator[None]:

@@ -1,6 +1,6 @@
 """The mover: one promotion or demotion, crash-safe at every arrow.
 
-reserve -> copy to staging on the target -> read back past the page cache and verify -> fsync ->
+reserve -> copy to staging on the target -> fsync -> read back past the page cache and verify ->
 rename into place -> catalog commit -> (demotion only) unlink the source. Never the other way round:
 until the commit the copy is litter that recovery sweeps; after it the block has two replicas.
 """
@@ -190,7 +190,10 @@ class Mover:
                 if source.number not in replicas:
                     raise BlockBusy(f"it left {source.name} while it was copied")
                 fanned = bool(replicas[source.number].fanned)
-                allocated = await target.run(put_in_place, staging, target.locate(path, fanned))
+                # A promotion keeps its source: only a demotion must outlive a power loss.
+                durable = target.index > source.index
+                final = target.locate(path, fanned)
+                allocated = await target.run(put_in_place, staging, final, durable)
                 tau = replicas[source.number].tau
                 with catalog.transaction():
                     catalog.add_replica(inode.id, target.number, allocated, tau, fanned=fanned)
@@ -248,16 +251,16 @@ def copy_verified(
         raise
     try:
         copied = copy_file(source, copy, progress)
-        os.fdatasync(copy)
-        if checksum_of(copy, past_page_cache=True) != seal.checksum:
-            raise BlockCorrupt(f"{os.fsdecode(source_path)}: the copy has not the sealed checksum")
         if target.identity.probe.xattrs:
             for name, value in xattrs:
                 os.setxattr(copy, name, value)
         if os.geteuid() == 0 and (seal.uid, seal.gid) != (0, 0):
             os.fchown(copy, seal.uid, seal.gid)
         target.write_seal(staging, seal)
+        # One fsync for bytes and record: what is read back after it is what the medium has.
         os.fsync(copy)
+        if checksum_of(copy, past_page_cache=True) != seal.checksum:
+            raise BlockCorrupt(f"{os.fsdecode(source_path)}: the copy has not the sealed checksum")
     except BaseException:
         _discard(staging)
         raise
@@ -267,14 +270,15 @@ def copy_verified(
     return copied
 
 
-def put_in_place(staging: bytes, final: bytes) -> int:
-    """Rename a complete copy to its name, durably; the bytes it allocates. Blocking."""
+def put_in_place(staging: bytes, final: bytes, durable: bool) -> int:
+    """Rename a complete copy to its name; the bytes it allocates. Blocking."""
     rename_into_place(staging, final)
-    directory = os.open(os.path.dirname(final), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    if durable:
+        directory = os.open(os.path.dirname(final), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
     return os.stat(final).st_blocks * 512
 
 

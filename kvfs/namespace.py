@@ -12,7 +12,7 @@ import os
 import stat
 
 from kvfs import layout
-from kvfs.blocks import Blocks, written_attributes
+from kvfs.blocks import Blocks, with_written
 from kvfs.catalog import ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
 from kvfs.errors import BlockExists, BlockNotFound, FilesystemError, NotPermitted, TierOffline
 from kvfs.replicas import Replicas
@@ -60,7 +60,7 @@ class Namespace:
         # A writer's file tells itself; asking is a system call on an open descriptor.
         if block is None or not block.written or block.descriptor < 0 or not block.tier.inline:
             return inode
-        return inode._replace(**written_attributes(os.fstat(block.descriptor)))
+        return with_written(inode, os.fstat(block.descriptor))
 
     def children(self, directory: int, after: int, limit: int) -> list[tuple[bytes, Inode]]:
         """Entries of a directory in the order of their inodes."""
@@ -276,10 +276,10 @@ class Namespace:
             if target is not None:
                 catalog.delete(target.id)
             catalog.relink(inode.id, new_parent, new_name)
-            for tier in self.volume.tiers:
-                intents.append(
-                    (tier, catalog.add_intent(tier.number, "rename", inode.id, old, new_path))
-                )
+            intents += [
+                (tier, catalog.add_intent(tier.number, "rename", inode.id, old, new_path))
+                for tier in self.volume.tiers
+            ]
         catalog.forget_paths()
         if target is not None:
             self.volume.directories -= 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections import Counter
 
 import xxhash
 
@@ -38,7 +39,9 @@ class Replicas:
     def __init__(self, volume: Volume) -> None:
         self.volume = volume
         self.open_blocks: dict[int, OpenBlock] = {}
+        # Held bytes that carrying out an intent frees, by intent and summed by tier.
         self._intent_bytes: dict[int, int] = {}
+        self._promised_bytes: Counter[int] = Counter()
 
     # --- choosing
 
@@ -90,7 +93,7 @@ class Replicas:
         account = volume.space[tier.index]
         rows = volume.catalog.coldest(tier.number, EMERGENCY_CANDIDATES)
         for inode in rows:
-            if wanted_bytes <= account.free_bytes + self._promised_bytes(tier):
+            if wanted_bytes <= account.free_bytes + self._promised_bytes[tier.number]:
                 break
             try:
                 self.evict(inode, from_tier=tier)
@@ -99,12 +102,6 @@ class Replicas:
             volume.counters.count("emergency_evictions")
         await self.settle(tier)
         return wanted_bytes <= account.free_bytes
-
-    def _promised_bytes(self, tier: Tier) -> int:
-        """Held bytes that `settle` will free."""
-        return sum(
-            self._intent_bytes.get(intent.id, 0) for intent in self.volume.catalog.intents(tier.number)
-        ) if self._intent_bytes else 0  # fmt: skip
 
     # --- removing
 
@@ -153,6 +150,7 @@ class Replicas:
                 block.hold(account)
             elif tier.number in promised:
                 self._intent_bytes[promised[tier.number]] = replica.allocated_bytes
+                self._promised_bytes[tier.number] += replica.allocated_bytes
                 account.held_bytes += replica.allocated_bytes
         if block is not None:
             block.orphan = inode
@@ -223,7 +221,7 @@ class Replicas:
         return sum(replica.allocated_bytes for replica in replicas)
 
     def lose(self, inode: Inode, tier: Tier) -> None:
-        """A replica's file is not where the catalog says: forget it, and the block with the last."""
+        """A replica's file is gone: forget it, and with the last one the block."""
         volume = self.volume
         path = volume.catalog.path_of(inode.id)
         replicas = volume.catalog.replicas(inode.id)
@@ -257,7 +255,9 @@ class Replicas:
 
     def finish(self, tier: Tier, intent: int) -> None:
         """An intent is done: what it held is free."""
-        self.volume.space[tier.index].held_bytes -= self._intent_bytes.pop(intent, 0)
+        freed_bytes = self._intent_bytes.pop(intent, 0)
+        self._promised_bytes[tier.number] -= freed_bytes
+        self.volume.space[tier.index].held_bytes -= freed_bytes
         self.volume.catalog.intent_done(intent)
 
     async def apply(self, tier: Tier, intent: Intent) -> None:

@@ -17,7 +17,7 @@ import time
 import uuid as uuidlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVarTuple, Unpack, TypeVar
+from typing import Literal, TypeVar, TypeVarTuple
 
 import msgspec
 import trio
@@ -113,7 +113,7 @@ class Tier:
         """The absolute path of a block's file on this tier."""
         return self.root + b"/" + layout.stored_path(path, fanned)
 
-    async def run(self, function: Callable[[Unpack[Ts]], T], *args: Unpack[Ts]) -> T:
+    async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """Call a blocking function that touches this tier.
 
         Raises TierOffline when the tier is offline or its deadline passed, and whatever the
@@ -137,7 +137,7 @@ class Tier:
             self.state = "online"
         return result
 
-    async def _run_with_deadline(self, function: Callable[[Unpack[Ts]], T], *args: Unpack[Ts]) -> T:
+    async def _run_with_deadline(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         try:
             with trio.fail_after(self.config.deadline_s):
                 return await trio.to_thread.run_sync(
@@ -147,7 +147,7 @@ class Tier:
             self.note_error(f"no answer within {self.config.deadline_s:g} s")
             raise TierOffline(f"tier {self.name}: {self.last_error}") from None
 
-    async def run_open(self, function: Callable[[Unpack[Ts]], int], *args: Unpack[Ts]) -> int:
+    async def run_open(self, function: Callable[[*Ts], int], *args: *Ts) -> int:
         """`run` for functions that open a descriptor: one that comes too late is closed."""
         if not self.remote:
             return await self.run(function, *args)

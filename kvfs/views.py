@@ -15,8 +15,8 @@ from kvfs.scans import Survey
 from kvfs.store import Store
 
 STATISTICS_VERSION = 1
-# Moves that one plan may hold: the next pass comes soon.
-MAX_MOVES = 4096
+# Moves that one plan may hold: few, so that the next one sees what changed meanwhile.
+MAX_MOVES = 512
 
 
 class Views:

@@ -71,7 +71,7 @@ class Handles:
                 pass
         if handle.ahead:
             start = offset - handle.ahead_at
-            if 0 <= start and start + size <= len(handle.ahead):
+            if start >= 0 and start + size <= len(handle.ahead):
                 return handle.ahead[start : start + size]
             if 0 <= start < len(handle.ahead):
                 tail = handle.ahead[start:]

@@ -261,9 +261,10 @@ class Operations(pyfuse3.Operations):
         namespace = self.store.namespace
         for cookie, name in ((DOT, b"."), (DOT_DOT, b"..")):
             found = namespace.lookup(directory, name)
-            if cookie > start_id and found is not None:
-                if not pyfuse3.readdir_reply(token, name, self._entry(found), cookie):
-                    return False
+            if cookie <= start_id or found is None:
+                continue
+            if not pyfuse3.readdir_reply(token, name, self._entry(found), cookie):
+                return False
         return True
 
     def _list_control(self, start_id: int, token: pyfuse3.ReaddirToken) -> None:

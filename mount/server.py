@@ -78,7 +78,7 @@ class ControlServer:
             self._connections += 1
             try:
                 await self._converse(connection)
-            except (OSError, trio.TooSlowError) as error:
+            except (OSError, KvfsError, trio.TooSlowError) as error:
                 log.debug("control connection ended: %s", error)
             finally:
                 self._connections -= 1

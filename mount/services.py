@@ -44,7 +44,7 @@ async def flush_once(store: Store) -> None:
         with volume.catalog.transaction():
             for directory, changed_ns in times[start : start + BATCH_ROWS]:
                 volume.catalog.update(directory, mtime_ns=changed_ns, ctime_ns=changed_ns)
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
     while entries := volume.accesses.take(BATCH_ROWS):
         now_s = volume.clock.now_s()
         half_life_s = volume.config.tiering.half_life_s
@@ -57,7 +57,7 @@ async def flush_once(store: Store) -> None:
                 tau = heat.clamp(tau, now_s, half_life_s)
                 volume.catalog.set_tau(inode, tau, int(pending.last_s * 1e9))
         volume.accesses.flushed(entries, now_s)
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
 
 
 async def checkpoint(catalog: Catalog) -> None:

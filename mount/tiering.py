@@ -1,4 +1,4 @@
-"""The tiering loop: survey -> plan (a worker thread) -> moves (mover workers). Joins policy and mover."""
+"""The tiering loop joins policy and mover: survey, plan in a worker thread, carry the moves out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ class Tiering:
         self.views = views
         self._budgets: dict[int, Budget] = {}
         self._daily: dict[int, DailyBudget] = {}
-        self._busy = 0
         self.reconfigure()
 
     def reconfigure(self) -> None:
@@ -57,27 +56,25 @@ class Tiering:
     async def run(self) -> None:
         """Plan every interval, or when a tier is above its watermark, and carry the plan out."""
         volume = self.store.volume
-        send, receive = trio.open_memory_channel[Move](0)
-        async with trio.open_nursery() as nursery:
-            for _ in range(volume.config.tiering.workers):
-                nursery.start_soon(self._work, receive.clone())
-            while True:
-                with trio.move_on_after(volume.config.tiering.interval_s):
-                    await volume.tiering_due.wait()
-                volume.tiering_due = trio.Event()
-                await self.pass_once(send)
-                await trio.sleep(MIN_INTERVAL_S)
+        while True:
+            with trio.move_on_after(volume.config.tiering.interval_s):
+                await volume.tiering_due.wait()
+            volume.tiering_due = trio.Event()
+            await self.run_once()
+            await trio.sleep(MIN_INTERVAL_S)
 
-    async def pass_once(self, send: trio.MemorySendChannel[Move]) -> None:
-        """One plan, handed to the workers and waited for."""
+    async def run_once(self) -> None:
+        """One plan, carried out by the workers."""
         planned = await self.plan()
         self.store.volume.counters.count("tiering_passes")
         self.views.queued_moves = len(planned.plan.moves)
-        for move in planned.plan.moves:
-            await send.send(move)
-            self.views.queued_moves -= 1
-        while self._busy:
-            await trio.sleep(MIN_INTERVAL_S / 5)
+        send, receive = trio.open_memory_channel[Move](0)
+        async with trio.open_nursery() as nursery, send:
+            for _ in range(self.store.volume.config.tiering.workers):
+                nursery.start_soon(self._work, receive.clone())
+            for move in planned.plan.moves:
+                await send.send(move)
+                self.views.queued_moves -= 1
 
     async def plan(self) -> Planned:
         """What should move now. Changes nothing."""
@@ -99,12 +96,9 @@ class Tiering:
             reader.close()
 
     async def _work(self, receive: trio.MemoryReceiveChannel[Move]) -> None:
-        async for move in receive:
-            self._busy += 1
-            try:
+        async with receive:
+            async for move in receive:
                 await self._execute(move)
-            finally:
-                self._busy -= 1
 
     async def _execute(self, move: Move) -> None:
         counters = self.store.volume.counters

@@ -11,12 +11,11 @@ from typing import Any
 
 import trio
 
-from kvfs import layout, scans
+from kvfs import heat, layout, scans
 from kvfs.catalog import ROOT_INODE, BlockState, Inode, Kind
 from kvfs.config import config_to_builtins
 from kvfs.control import Request
 from kvfs.errors import (
-    BlockBusy,
     BlockNotFound,
     InvalidOperation,
     KvfsError,
@@ -208,13 +207,25 @@ class Verbs:
         source = self._fastest(number)
         if target is None:
             if source.index + 1 == len(tiers):
-                raise BlockBusy(f"{source.name} is the slowest tier")
+                return 0
             target = tiers[source.index + 1]
         if target.index <= source.index:
             return 0
         copied = await self._bring(number, target)
+        self._cool(number)
         dropped = [await self._drop_if_there(number, tier) for tier in tiers[: target.index]]
         return copied or max(dropped)
+
+    def _cool(self, number: int) -> None:
+        """What an admin demotes stays there until it is used again, however hot it was."""
+        volume = self.store.volume
+        volume.accesses.forget(number)
+        tiering = volume.config.tiering
+        cool = heat.tau_for(tiering.promote_heat / 4, volume.clock.now_s(), tiering.half_life_s)
+        stored = volume.catalog.tau_of(number)
+        inode = volume.catalog.get(number)
+        if stored is not None and inode is not None and stored > cool:
+            volume.catalog.set_tau(number, cool, inode.atime_ns)
 
     async def _drop_if_there(self, number: int, tier: Tier) -> int:
         there = {replica.tier for replica in self.store.volume.catalog.replicas(number)}

@@ -14,7 +14,6 @@ from typing import Annotated
 import typer
 
 from kvfs import __version__
-from kvfs.control import one_line
 from kvfs.errors import KvfsError, exit_code_of
 from kvfs.tools import (
     config_cmd,
@@ -34,7 +33,6 @@ from kvfs.tools import (
 from kvfs.tools.render import name_text
 
 INTERRUPTED = 130
-BROKEN_PIPE = 141
 
 EPILOG = (
     "Exit codes: 0 done; 1 tried and failed, or a check found something; 2 wrong use; "
@@ -98,10 +96,6 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(_usage_text(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; the flush at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
     except KvfsError as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:
@@ -125,7 +119,7 @@ def _os_error_text(error: OSError) -> str:
 
 def _fail(message: str, code: int) -> int:
     if message:
-        typer.echo(f"kvfs: {name_text(one_line(message))}", err=True)
+        typer.echo(f"kvfs: {name_text(' '.join(message.split()))}", err=True)
     return code
 
 

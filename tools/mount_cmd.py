@@ -54,16 +54,17 @@ def mount(
     """
     if foreground and log_file is not None:
         raise UsageError("--foreground logs to stderr: leave out --log-file")
-    absolute = Path(os.path.abspath(mountpoint))
+    absolute = Path(os.path.realpath(mountpoint))
     effective = effective_config(config, tier or ())
     check_config(effective, absolute)
     forget = tuple(forget_tier or ())
-    with fuse_needed():
+    with _fuse_needed():
         from kvfs.mount.session import mount_background, mount_foreground
-    if foreground:
-        raise typer.Exit(mount_foreground(absolute, effective, forget_tiers=forget))
-    log_path = None if log_file is None else Path(os.path.abspath(log_file))
-    pid = mount_background(absolute, effective, forget_tiers=forget, log_file=log_path)
+
+        if foreground:
+            raise typer.Exit(mount_foreground(absolute, effective, forget_tiers=forget))
+        log_path = None if log_file is None else Path(os.path.abspath(log_file))
+        pid = mount_background(absolute, effective, forget_tiers=forget, log_file=log_path)
     typer.echo(f"mounted {name_text(absolute)} (pid {pid})")
 
 
@@ -79,8 +80,8 @@ def effective_config(file: Path | None, tiers: Sequence[str]) -> Config:
 
 
 @contextmanager
-def fuse_needed() -> Iterator[None]:
-    """Around the import of `kvfs.mount.session`: says what to install."""
+def _fuse_needed() -> Iterator[None]:
+    """Around the import of what needs pyfuse3: says what to install."""
     try:
         yield
     except ImportError as error:

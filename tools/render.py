@@ -191,7 +191,8 @@ def progress_bar(what: str) -> Iterator[ProgressSink]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[path]}", markup=False),
     )
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
+    hidden = not errors.is_terminal
+    with Progress(*columns, console=errors, transient=True, disable=hidden) as bar:
         task = bar.add_task(what, total=None, moved="", path="")
 
         def feed(progress: dict[str, Any]) -> None:

@@ -121,8 +121,7 @@ def run(
     for note in answer["notes"]:
         typer.echo(note)
     size_bytes = sum(move["size_bytes"] for move in moves)
-    would = "would be " if dry_run else ""
     typer.echo(
-        f"{len(moves)} moves {would}planned, {size_text(size_bytes)}, "
+        f"{len(moves)} moves planned, {size_text(size_bytes)}, "
         f"in {answer['planning_s'] * 1000:.1f} ms"
     )

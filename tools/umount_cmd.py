@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvfs.errors import UsageError
-from kvfs.tools.mount_cmd import fuse_needed
+from kvfs.mount.session import unmount
 from kvfs.tools.render import name_text
 from kvfs.units import parse_duration
 
@@ -32,8 +32,6 @@ def umount(
         timeout_s = parse_duration(timeout)
     except ValueError as error:
         raise UsageError(f"--timeout: {error}") from None
-    absolute = Path(os.path.abspath(mountpoint))
-    with fuse_needed():
-        from kvfs.mount.session import unmount
+    absolute = Path(os.path.realpath(mountpoint))
     unmount(absolute, force=force, timeout_s=timeout_s)
     typer.echo(f"unmounted {name_text(absolute)}")

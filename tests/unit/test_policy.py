@@ -356,7 +356,7 @@ settings_strategy = st.builds(
 
 @st.composite
 def block_lists(draw: st.DrawFn, tiers: int, *, free: bool, replicas: int) -> list[BlockView]:
-    """Up to 30 blocks with taus that doubles hold exactly; `free` ones may all be moved and evicted."""
+    """Up to 30 blocks with taus that are exact in doubles; `free` ones may all move."""
     flag = st.just(False) if free else st.sampled_from([False, False, False, True])
     where = st.sets(st.integers(0, tiers - 1), min_size=1, max_size=replicas)
     drawn = draw(

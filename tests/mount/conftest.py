@@ -1,0 +1,33 @@
+"""One mount for each module, and a directory of its own in it for each test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.live import config_in, live, scratch
+from tests.mounting import MountedKvfs
+
+
+@pytest.fixture(scope="module")
+def shared_log() -> list[str]:
+    """Patterns of warnings that tests of the module provoke in the daemon's log."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def shared(shared_log: list[str]) -> Iterator[MountedKvfs]:
+    """Three tiers of 64, 128 and 256 MiB, on which nothing is promoted by heat."""
+    with scratch() as base, live(MountedKvfs(base, config_in(base)), shared_log) as mount:
+        yield mount
+
+
+@pytest.fixture
+def there(shared: MountedKvfs, request: pytest.FixtureRequest) -> Path:
+    """An empty directory in the shared mount."""
+    directory = shared.path / re.sub(r"\W+", "-", request.node.name)[:100]
+    directory.mkdir()
+    return directory
