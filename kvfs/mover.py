@@ -21,7 +21,7 @@ from kvfs.catalog import BlockState, Inode, Kind
 from kvfs.copying import copy_file
 from kvfs.errors import BlockBusy, BlockCorrupt, BlockNotFound, TierFull, TierOffline
 from kvfs.policy import Move, MoveKind
-from kvfs.replicas import Replicas, rename_into_place
+from kvfs.replicas import Replicas, largest, rename_into_place
 from kvfs.seal import Seal, checksum_of
 from kvfs.space import rounded
 from kvfs.tier import Tier
@@ -197,7 +197,9 @@ class Mover:
                 tau = replicas[source.number].tau
                 with catalog.transaction():
                     catalog.add_replica(inode.id, target.number, allocated, tau, fanned=fanned)
-                self.volume.space.add(target.index, allocated, duplicate=True)
+                self.volume.space.add(
+                    target.index, allocated, beside_bytes=largest(replicas.values())
+                )
         except BaseException:
             with contextlib.suppress(OSError, TierOffline), trio.CancelScope(shield=True):
                 await target.run(_discard, staging)

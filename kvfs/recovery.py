@@ -20,7 +20,7 @@ from kvfs import heat, layout
 from kvfs.attributes import PIN, TTL, parse_ttl
 from kvfs.catalog import GOOD, ROOT_INODE, BlockState, Inode, Kind, Replica
 from kvfs.errors import KvfsError, TierOffline
-from kvfs.replicas import Replicas
+from kvfs.replicas import Replicas, largest
 from kvfs.seal import Seal, checksum_of
 from kvfs.tier import Tier, write_identity
 from kvfs.volume import Volume
@@ -143,14 +143,18 @@ class Recovery:
 
     def _record_sealed(self, inode: Inode, seal: Seal, tier: Tier, status: os.stat_result) -> None:
         catalog, allocated = self.volume.catalog, status.st_blocks * 512
-        before = next(r for r in catalog.replicas(inode.id) if r.tier == tier.number)
+        replicas = catalog.replicas(inode.id)
+        before = next(r for r in replicas if r.tier == tier.number)
         with catalog.transaction():
             catalog.update(
                 inode.id, state=int(BlockState.SEALED), checksum=seal.checksum,
                 size_bytes=seal.length_bytes, mtime_ns=seal.mtime_ns,
             )  # fmt: skip
             catalog.set_allocated(inode.id, tier.number, allocated)
-        self.volume.space.resize(tier.index, before.allocated_bytes, allocated)
+        replicas.remove(before)
+        self.volume.space.resize(
+            tier.index, before.allocated_bytes, allocated, beside_bytes=largest(replicas)
+        )
 
     async def _decide_reopened(
         self, inode: Inode, path: bytes, tier: Tier, replica: Replica
@@ -314,10 +318,11 @@ class Recovery:
         assert found.seal is not None
         allocated = found.status.st_blocks * 512
         tau = self.volume.catalog.tau_of(found.seal.inode) or found.status.st_mtime
+        beside_bytes = largest(self.volume.catalog.replicas(found.seal.inode))
         self.volume.catalog.add_replica(
             found.seal.inode, tier.number, allocated, tau, fanned=found.fanned
         )
-        self.volume.space.add(tier.index, allocated, duplicate=True)
+        self.volume.space.add(tier.index, allocated, beside_bytes=beside_bytes)
 
     async def _set_aside(self, tier: Tier, found: Found, verdict: Verdict) -> None:
         """Out of the namespace: an empty or older file goes, another one to quarantine."""

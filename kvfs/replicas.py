@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterable
 
 import xxhash
 
@@ -31,6 +32,11 @@ EMERGENCY_CANDIDATES = 512
 def ghost_key(path: bytes) -> bytes:
     """What the ghost table knows an evicted name by."""
     return xxhash.xxh3_128_digest(path)
+
+
+def largest(replicas: Iterable[Replica]) -> int:
+    """Allocated bytes of the largest of some replicas; 0 of none."""
+    return max((replica.allocated_bytes for replica in replicas), default=0)
 
 
 class Replicas:
@@ -144,7 +150,9 @@ class Replicas:
         for place, replica in enumerate(replicas):
             tier = volume.by_number[replica.tier]
             account = volume.space[tier.index]
-            volume.space.remove(tier.index, replica.allocated_bytes, duplicate=place > 0)
+            volume.space.remove(
+                tier.index, replica.allocated_bytes, beside_bytes=largest(replicas[place + 1 :])
+            )
             if block is not None and block.tier is tier and not block.fetched:
                 block.accounted_bytes = replica.allocated_bytes
                 block.hold(account)
@@ -162,12 +170,13 @@ class Replicas:
         volume = self.volume
         replicas = volume.catalog.replicas(inode.id)
         mine = [replica for replica in replicas if replica.tier == tier.number]
+        others = [replica for replica in replicas if replica.tier != tier.number]
         assert mine, "the replica to drop is not there"
-        assert len(replicas) > 1, "the last replica is evicted, not dropped"
+        assert others, "the last replica is evicted, not dropped"
         with volume.catalog.transaction():
             promised = self.promise_removal(inode.id, path, mine, inline_too=True)
             volume.catalog.drop_replica(inode.id, tier.number)
-        volume.space.remove(tier.index, mine[0].allocated_bytes, duplicate=True)
+        volume.space.remove(tier.index, mine[0].allocated_bytes, beside_bytes=largest(others))
         block = self.open_blocks.get(inode.id)
         if block is not None and block.tier is tier and not block.fetched:
             block.accounted_bytes = mine[0].allocated_bytes
@@ -230,10 +239,11 @@ class Replicas:
             return
         log.error("tier %s lost %r", tier.name, os.fsdecode(path))
         volume.counters.count("replicas_lost")
-        if len(replicas) > 1:
+        others = [replica for replica in replicas if replica.tier != tier.number]
+        if others:
             with volume.catalog.transaction():
                 volume.catalog.drop_replica(inode.id, tier.number)
-            volume.space.remove(tier.index, mine[0].allocated_bytes, duplicate=True)
+            volume.space.remove(tier.index, mine[0].allocated_bytes, beside_bytes=largest(others))
             return
         entry = volume.catalog.entry(inode.id)
         with volume.catalog.transaction():

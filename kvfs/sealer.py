@@ -15,7 +15,7 @@ import trio
 
 from kvfs.catalog import GOOD, BlockState, Inode, Kind
 from kvfs.errors import TierOffline
-from kvfs.replicas import Replicas
+from kvfs.replicas import Replicas, largest
 from kvfs.seal import Seal, checksum_of, no_writer_left
 from kvfs.tier import Tier
 from kvfs.volume import Volume
@@ -153,13 +153,17 @@ class Sealer:
         assert sealed.status is not None
         catalog, number = self.volume.catalog, sealed.job.inode.id
         allocated = sealed.status.st_blocks * 512
-        replica = next(r for r in catalog.replicas(number) if r.tier == tier.number)
+        replicas = catalog.replicas(number)
+        replica = next(r for r in replicas if r.tier == tier.number)
         catalog.update(
             number, state=int(BlockState.SEALED), checksum=sealed.checksum,
             size_bytes=sealed.status.st_size, generation=sealed.generation,
         )  # fmt: skip
         catalog.set_allocated(number, tier.number, allocated)
-        self.volume.space.resize(tier.index, replica.allocated_bytes, allocated)
+        replicas.remove(replica)
+        self.volume.space.resize(
+            tier.index, replica.allocated_bytes, allocated, beside_bytes=largest(replicas)
+        )
         self.volume.counters.count("seals")
 
     def _settle_reopened(self, tier: Tier, before: Inode, path: bytes) -> None:
@@ -170,14 +174,18 @@ class Sealer:
         if now.generation == before.generation:
             catalog.set_replica_states(before.id, GOOD, besides=tier.number)
             return
-        others = [r for r in catalog.replicas(before.id) if r.tier != tier.number]
+        replicas = catalog.replicas(before.id)
+        others = [r for r in replicas if r.tier != tier.number]
         with catalog.transaction():
             self.replicas.promise_removal(before.id, path, others, inline_too=True)
             for replica in others:
                 catalog.drop_replica(before.id, replica.tier)
         for replica in others:
             index = self.volume.by_number[replica.tier].index
-            self.volume.space.remove(index, replica.allocated_bytes, duplicate=True)
+            replicas.remove(replica)
+            self.volume.space.remove(
+                index, replica.allocated_bytes, beside_bytes=largest(replicas)
+            )
         self.volume.settling_due.set()
 
 
@@ -214,4 +222,5 @@ def _seal_file(tier: Tier, job: Job) -> Sealed:
         inode.mode, inode.uid, inode.gid, inode.mtime_ns,
     )  # fmt: skip
     tier.write_seal(absolute, seal)
-    return Sealed(job, checksum, generation, after)
+    # Asked again: the record may have taken a page of its own.
+    return Sealed(job, checksum, generation, os.stat(absolute))

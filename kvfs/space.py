@@ -74,31 +74,34 @@ class Space:
 
     def __init__(self, configs: tuple[TierConfig, ...]) -> None:
         self.tiers = [TierSpace(config.capacity_bytes) for config in configs]
-        # Bytes of replicas beyond the first of each block: free space in all but name.
+        # Bytes of replicas beyond the largest of each block: free space in all but name.
         self.duplicate_bytes = 0
         self._recent: OrderedDict[object, int] = OrderedDict()
 
     def __getitem__(self, index: int) -> TierSpace:
         return self.tiers[index]
 
-    def add(self, index: int, allocated_bytes: int, *, duplicate: bool = False) -> None:
-        """A replica came; `duplicate` when the block had one."""
-        self.duplicate_bytes += allocated_bytes if duplicate else 0
+    def add(self, index: int, allocated_bytes: int, *, beside_bytes: int = 0) -> None:
+        """A replica came; `beside_bytes` is the largest other replica of the block."""
+        self.duplicate_bytes += min(allocated_bytes, beside_bytes)
         tier = self.tiers[index]
         tier.used_bytes += allocated_bytes
         tier.blocks += 1
 
-    def remove(self, index: int, allocated_bytes: int, *, duplicate: bool = False) -> None:
-        """A replica went; `duplicate` when the block keeps another."""
-        self.duplicate_bytes -= allocated_bytes if duplicate else 0
+    def remove(self, index: int, allocated_bytes: int, *, beside_bytes: int = 0) -> None:
+        """A replica went; `beside_bytes` is the largest replica that the block keeps."""
+        self.duplicate_bytes -= min(allocated_bytes, beside_bytes)
         tier = self.tiers[index]
         tier.used_bytes -= allocated_bytes
         tier.blocks -= 1
         assert tier.used_bytes >= 0, "more was removed from a tier than it had"
         assert tier.blocks >= 0, "more was removed from a tier than it had"
 
-    def resize(self, index: int, before_bytes: int, after_bytes: int) -> None:
+    def resize(
+        self, index: int, before_bytes: int, after_bytes: int, *, beside_bytes: int = 0
+    ) -> None:
         """A replica's allocation changed."""
+        self.duplicate_bytes += min(after_bytes, beside_bytes) - min(before_bytes, beside_bytes)
         self.tiers[index].used_bytes += after_bytes - before_bytes
 
     def reserve(self, index: int, size_bytes: int) -> Reservation | None:

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         log_file, forget = _read_options(",".join(parsed.options))
         if not parsed.f:
             mount_background(
-                parsed.mountpoint.absolute(), load_config(parsed.config),
+                parsed.mountpoint.absolute(), load_config(parsed.config.absolute()),
                 forget_tiers=forget, log_file=log_file,
             )  # fmt: skip
     except KvfsError as error:

@@ -73,7 +73,8 @@ def effective_config(file: Path | None, tiers: Sequence[str]) -> Config:
     if file is not None and tiers:
         raise UsageError("--config and --tier exclude each other: name the tiers in the file")
     if file is not None:
-        return load_config(file)
+        # The daemon reads it again on a reload, and its working directory is /.
+        return load_config(Path(os.path.abspath(file)))
     if tiers:
         return Config(tuple(parse_tier_option(text) for text in tiers))
     return default_config()
