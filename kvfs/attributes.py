@@ -99,9 +99,8 @@ class Attributes:
 
     async def _set_columns(self, number: int, columns: dict[str, Any]) -> None:
         block = self.replicas.open_blocks.get(number)
-        if block is not None and block.written and "mtime_ns" in columns and block.descriptor >= 0:
-            times = (columns.get("atime_ns", columns["mtime_ns"]), columns["mtime_ns"])
-            await block.tier.run(_set_times, block.descriptor, times)
+        if block is not None and "mtime_ns" in columns:
+            block.mtime_ns = columns["mtime_ns"]
         if block is not None and block.orphan is not None:
             block.orphan = block.orphan._replace(**columns)
             return
@@ -261,7 +260,3 @@ def _mirror_xattr(tier: Tier, absolute: bytes, name: bytes, value: bytes | None)
         os.removexattr(absolute, name)
     else:
         os.setxattr(absolute, name, value)
-
-
-def _set_times(descriptor: int, times: tuple[int, int]) -> None:
-    os.utime(descriptor, ns=times)

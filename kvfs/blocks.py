@@ -19,7 +19,7 @@ from kvfs.catalog import SUSPECT, BlockState, Inode, Kind, Replica
 from kvfs.copying import copy_file, write_all
 from kvfs.errors import BlockExists, BlockStale, FilesystemError, TierFull, TierOffline
 from kvfs.open_block import OpenBlock
-from kvfs.replicas import Replicas, ghost_key
+from kvfs.replicas import Replicas, ghost_key, largest
 from kvfs.space import PAGE_BYTES, rounded
 from kvfs.tier import Tier
 from kvfs.volume import Volume
@@ -43,15 +43,12 @@ class Blocks:
         """A new block in state writing, open for writing. Raises BlockExists, TierFull."""
         catalog, volume = self.volume.catalog, self.volume
         layout.check_name(name)
-        directory = catalog.directory_path(parent)
-        if directory is None:
-            raise FilesystemError(errno.ENOENT)
-        path = layout.join(directory, name)
+        path = self.path_in(parent, name)
         self.check_length(path)
         keys = (parent, layout.namespace_of(path))
         tier, reservation = await self.replicas.place(PAGE_BYTES, *keys)
         try:
-            await volume.claims.wait(path)
+            path = await self.path_in_when_free(parent, name)
             if catalog.lookup(parent, name) is not None:
                 raise BlockExists(os.fsdecode(path))
             fanned = catalog.is_crowded(parent)
@@ -59,7 +56,8 @@ class Blocks:
         except BaseException:
             reservation.release()
             raise
-        block = OpenBlock(inode.id, tier, writers=1, reservation=reservation, written=True)
+        block = OpenBlock(inode.id, tier, writers=1, reservation=reservation)
+        block.wrote(0)
         self._open[inode.id] = block
         try:
             async with block.lock:
@@ -69,6 +67,21 @@ class Blocks:
             raise
         volume.counters.count("creates")
         return inode, block
+
+    def path_in(self, parent: int, name: bytes) -> bytes:
+        """The path of a name in a directory. Raises FilesystemError(ENOENT)."""
+        directory = self.volume.catalog.directory_path(parent)
+        if directory is None:
+            raise FilesystemError(errno.ENOENT)
+        return layout.join(directory, name)
+
+    async def path_in_when_free(self, parent: int, name: bytes) -> bytes:
+        """`path_in`, once nobody is changing it or a directory above it."""
+        while True:
+            path = self.path_in(parent, name)
+            if self.volume.claims.is_free(path):
+                return path
+            await self.volume.claims.wait(path)
 
     def check_length(self, path: bytes) -> None:
         """ENAMETOOLONG for what some tier could not store."""
@@ -247,6 +260,8 @@ class Blocks:
             block.reader_fd, block.fetched = -1, False
         if block.reservation:
             block.reservation.release()
+        if not block.written:
+            block.size_bytes = (await block.tier.run(os.fstat, descriptor)).st_size
         block.writer_fd = descriptor
         block.accounted_bytes = replica.allocated_bytes
         block.reservation = self.volume.space.reserve(block.tier.index, 0)
@@ -282,13 +297,13 @@ class Blocks:
     async def write(self, block: OpenBlock, offset: int, data: bytes) -> int:
         """All of `data`. Raises TierFull, TierOffline, OSError."""
         end = offset + len(data)
-        block.written = True
         done = False
         if block.tier.inline and not block.lock.locked() and self._cover(block, end):
             done = _try_write(block.writer_fd, data, offset)
         if not done:
             async with block.lock:
                 await self._write_locked(block, offset, data)
+        block.wrote(max(block.size_bytes, end))
         self.volume.counters.tier(block.tier.index).bytes_written += len(data)
         return len(data)
 
@@ -310,6 +325,8 @@ class Blocks:
         """The tier is full: the partial file goes on to the next one. `block.lock` is held."""
         if block.orphan is not None:
             raise TierFull("a file without a name does not move")
+        if await self.replicas.relieve(block, end):
+            return
         target, reservation = await self.replicas.place(end, after=block.tier.index)
         try:
             path = await self.path_when_free(block.inode)
@@ -332,11 +349,11 @@ class Blocks:
         descriptor = await target.run_open(create_file, target, path, fanned, row)
         await target.run(copy_file, block.writer_fd, descriptor)
         with catalog.transaction():
+            replicas = catalog.replicas(row.id)
             promised = self.replicas.promise_removal(row.id, path, [replica], inline_too=True)
             catalog.drop_replica(row.id, source.number)
             catalog.add_replica(row.id, target.number, 0, replica.tau, fanned=fanned)
-        self.volume.space.remove(source.index, replica.allocated_bytes)
-        self.volume.space.add(target.index, 0)
+        self.replicas.account_spill(replicas, source, target)
         block.close_descriptors()
         block.tier, block.writer_fd, block.accounted_bytes = target, descriptor, 0
         await source.run(source.remove, path, fanned)
@@ -344,11 +361,11 @@ class Blocks:
 
     async def truncate(self, block: OpenBlock, size: int) -> None:
         """Set the length of a block that is open for writing."""
-        block.written = True
         async with block.lock:
-            if not self._cover(block, size):
+            while not self._cover(block, size):
                 await self._spill(block, size)
             await block.tier.run(os.ftruncate, block.writer_fd, size)
+            block.wrote(size)
 
     async def fsync(self, block: OpenBlock, *, data_only: bool) -> None:
         """Bytes are on the medium, and a file still being written is published."""
@@ -357,9 +374,10 @@ class Blocks:
             await trio.to_thread.run_sync(flush, block.descriptor, limiter=block.tier.limiter)
         row = self.volume.catalog.get(block.inode)
         if block.writers and row and row.state == BlockState.WRITING and not block.orphan:
-            size = os.fstat(block.writer_fd).st_size
             with self.volume.catalog.transaction():
-                self.volume.catalog.update(row.id, state=int(BlockState.PUBLISHED), size_bytes=size)
+                self.volume.catalog.update(
+                    row.id, state=int(BlockState.PUBLISHED), size_bytes=block.size_bytes
+                )
 
     # --- closing
 
@@ -412,31 +430,21 @@ class Blocks:
     def _record(self, block: OpenBlock, status: os.stat_result) -> None:
         volume = self.volume
         allocated = status.st_blocks * 512
+        columns = {"size_bytes": status.st_size}
+        if block.written:
+            columns |= {"mtime_ns": block.mtime_ns, "ctime_ns": block.mtime_ns}
         with volume.catalog.transaction():
-            volume.catalog.update(block.inode, **written_attributes(status))
+            volume.catalog.update(block.inode, **columns)
             volume.catalog.set_allocated(block.inode, block.tier.number, allocated)
-        volume.space.resize(block.tier.index, block.accounted_bytes, allocated)
+        others = [r for r in volume.catalog.replicas(block.inode) if r.tier != block.tier.number]
+        volume.space.resize(
+            block.tier.index, block.accounted_bytes, allocated, beside_bytes=largest(others)
+        )
         block.accounted_bytes = allocated
         entry = volume.catalog.entry(block.inode)
         path = volume.catalog.path_of(block.inode)
         if entry and path:
             volume.space.learn(status.st_size, entry[0], layout.namespace_of(path))
-
-
-def written_attributes(status: os.stat_result) -> dict[str, int]:
-    """What the catalog takes over from a backing file."""
-    return {
-        "size_bytes": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-        "ctime_ns": status.st_ctime_ns,
-    }
-
-
-def with_written(inode: Inode, status: os.stat_result) -> Inode:
-    """The row as it will be when the writer closes."""
-    return inode._replace(
-        size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns
-    )
 
 
 def _try_write(descriptor: int, data: bytes, offset: int) -> bool:

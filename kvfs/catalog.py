@@ -306,6 +306,12 @@ class Catalog:
         if parent in self._names:
             self._names[parent] += change
 
+    def skip_numbers(self, upto: int) -> None:
+        """Give new inodes numbers above this one."""
+        self._db.execute(
+            "UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'inode'", (upto,)
+        )
+
     def insert_inode(
         self, kind: Kind, mode: int, uid: int, gid: int, now_ns: int, *,
         inode: int | None = None, size_bytes: int = 0, generation: int = 1,
@@ -364,6 +370,13 @@ class Catalog:
             f"SELECT id FROM inode WHERE state IN ({wanted}) AND state != 2 AND kind = 1"
         )
         return [row[0] for row in rows]
+
+    def count_unsealed(self) -> int:
+        """Blocks that are not sealed: a partial index of few rows."""
+        row = self._db.execute(
+            "SELECT count(*) FROM inode WHERE state != 2 AND kind = 1"
+        ).fetchone()
+        return int(row[0])
 
     # --- replicas and heat
 

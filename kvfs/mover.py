@@ -24,7 +24,7 @@ from kvfs.policy import Move, MoveKind
 from kvfs.replicas import Replicas, largest, rename_into_place
 from kvfs.seal import Seal, checksum_of
 from kvfs.space import rounded
-from kvfs.tier import Tier
+from kvfs.tier import TIER_ERRNOS, Tier
 from kvfs.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -160,8 +160,7 @@ class Mover:
                     work, limiter=slower.limiter, abandon_on_cancel=remote
                 )
         except OSError as error:
-            # The source being gone is the block's matter, anything else speaks of a tier.
-            if not isinstance(error, FileNotFoundError):
+            if error.errno in TIER_ERRNOS:
                 target.note_error(str(error))
             raise
 
@@ -213,6 +212,7 @@ async def _progress_deadline(tier: Tier | None, running: Running) -> AsyncIterat
         yield
         return
     expired = False
+    failure: Exception | None = None
 
     async def watch(scope: trio.CancelScope) -> None:
         nonlocal expired
@@ -225,8 +225,14 @@ async def _progress_deadline(tier: Tier | None, running: Running) -> AsyncIterat
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch, nursery.cancel_scope)
-        yield
+        try:
+            yield
+        except Exception as error:
+            # Out of the nursery it would come as a group.
+            failure = error
         nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
     if expired:
         tier.note_error(f"a copy made no progress for {tier.config.deadline_s:g} s")
         raise TierOffline(f"tier {tier.name}: {tier.last_error}")

@@ -12,7 +12,7 @@ import os
 import stat
 
 from kvfs import layout
-from kvfs.blocks import Blocks, with_written
+from kvfs.blocks import Blocks
 from kvfs.catalog import ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
 from kvfs.errors import BlockExists, BlockNotFound, FilesystemError, NotPermitted, TierOffline
 from kvfs.replicas import Replicas
@@ -57,10 +57,7 @@ class Namespace:
                 return inode
             return inode._replace(mtime_ns=changed_ns, ctime_ns=changed_ns)
         block = self.replicas.open_blocks.get(inode.id)
-        # A writer's file tells itself; asking is a system call on an open descriptor.
-        if block is None or not block.written or block.descriptor < 0 or not block.tier.inline:
-            return inode
-        return with_written(inode, os.fstat(block.descriptor))
+        return block.attributes(inode) if block else inode
 
     def children(self, directory: int, after: int, limit: int) -> list[tuple[bytes, Inode]]:
         """Entries of a directory in the order of their inodes."""
@@ -83,9 +80,8 @@ class Namespace:
         """A new directory; made on the fastest tier too, so that a walk finds it."""
         catalog = self.volume.catalog
         layout.check_name(name)
-        path = self._path_in(parent, name)
+        path = await self.blocks.path_in_when_free(parent, name)
         self.blocks.check_length(path)
-        await self.volume.claims.wait(path)
         if catalog.lookup(parent, name) is not None:
             raise BlockExists(os.fsdecode(path))
         with catalog.transaction():
@@ -96,8 +92,14 @@ class Namespace:
         self.volume.directories += 1
         self.directory_changed(parent)
         first = self.volume.tiers[0]
-        with contextlib.suppress(TierOffline):
-            await first.run(_make_directory, first, path, mode, uid, gid)
+        try:
+            with contextlib.suppress(TierOffline):
+                await first.run(_make_directory, first, path, mode, uid, gid)
+        except OSError:
+            with catalog.transaction():
+                catalog.delete(number)
+            self.volume.directories -= 1
+            raise
         inode = catalog.get(number)
         assert inode is not None
         return inode
@@ -105,8 +107,8 @@ class Namespace:
     async def rmdir(self, parent: int, name: bytes) -> Inode:
         """Remove an empty directory; the row it had."""
         catalog = self.volume.catalog
-        path = self._path_in(parent, name)
-        await self.volume.claims.wait(path)
+        self._refuse_reserved(name)
+        path = await self.blocks.path_in_when_free(parent, name)
         inode = self._existing(parent, name)
         if inode.kind != Kind.DIRECTORY:
             raise FilesystemError(errno.ENOTDIR)
@@ -127,8 +129,8 @@ class Namespace:
 
     async def unlink(self, parent: int, name: bytes) -> Inode:
         """Remove a block; the row it had."""
-        path = self._path_in(parent, name)
-        await self.volume.claims.wait(path)
+        self._refuse_reserved(name)
+        path = await self.blocks.path_in_when_free(parent, name)
         inode = self._existing(parent, name)
         if inode.kind == Kind.DIRECTORY:
             raise FilesystemError(errno.EISDIR)
@@ -146,10 +148,14 @@ class Namespace:
         The catalog is committed first, with an intent for each tier; recovery finishes it forward.
         """
         layout.check_name(new_name)
-        old = self._path_in(parent, name)
-        new = self._path_in(new_parent, new_name)
+        self._refuse_reserved(name)
+        while True:
+            old = self.blocks.path_in(parent, name)
+            new = self.blocks.path_in(new_parent, new_name)
+            if self.volume.claims.is_free(old, new):
+                break
+            await self.volume.claims.wait(old, new)
         self.blocks.check_length(new)
-        await self.volume.claims.wait(old, new)
         inode = self._existing(parent, name)
         target = self.volume.catalog.lookup(new_parent, new_name)
         if target is not None:
@@ -291,13 +297,9 @@ class Namespace:
 
     # --- helpers
 
-    def _path_in(self, parent: int, name: bytes) -> bytes:
+    def _refuse_reserved(self, name: bytes) -> None:
         if name in layout.RESERVED_NAMES:
             raise NotPermitted(f"{name.decode()} is reserved for kvfs")
-        directory = self.volume.catalog.directory_path(parent)
-        if directory is None:
-            raise FilesystemError(errno.ENOENT)
-        return layout.join(directory, name)
 
     def _existing(self, parent: int, name: bytes) -> Inode:
         inode = self.volume.catalog.lookup(parent, name)

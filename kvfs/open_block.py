@@ -6,6 +6,7 @@ A block keeps the replica it was opened on until the last close, whatever moves 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 
 import trio
@@ -19,13 +20,16 @@ from kvfs.tier import Tier
 class OpenBlock:
     """Owned by the trio loop. `lock` is held over every await that changes descriptors or bytes.
 
-    `accounted_bytes` is this replica's part of the tier's used bytes; `reservation` covers what
-    writers may add to it. Once the name is gone (`orphan` keeps the attributes) the bytes are
-    `held` until the last close.
+    `size_bytes` and `mtime_ns` are what writers made of the file: its attributes while it is open,
+    without asking the tier. `accounted_bytes` is this replica's part of the tier's used bytes;
+    `reservation` covers what writers may add to it. Once the name is gone (`orphan` keeps the
+    attributes) the bytes are `held` until the last close.
     """
 
     inode: int
     tier: Tier
+    size_bytes: int = 0
+    mtime_ns: int = 0
     accounted_bytes: int = 0
     reader_fd: int = -1
     writer_fd: int = -1
@@ -51,6 +55,19 @@ class OpenBlock:
     def local(self) -> bool:
         """Whether reads may be made on the trio loop."""
         return self.tier.inline or self.fetched
+
+    def wrote(self, size_bytes: int) -> None:
+        """A writer changed the file, which has this length now."""
+        self.written = True
+        self.size_bytes, self.mtime_ns = size_bytes, time.time_ns()
+
+    def attributes(self, inode: Inode) -> Inode:
+        """The row as it will be when the writer closes."""
+        if not self.written:
+            return inode
+        return inode._replace(
+            size_bytes=self.size_bytes, mtime_ns=self.mtime_ns, ctime_ns=self.mtime_ns
+        )
 
     def hold(self, space: TierSpace) -> None:
         """The name is gone: the bytes stay counted until the last close."""

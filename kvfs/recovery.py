@@ -11,17 +11,18 @@ import logging
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 
 import msgspec
 import trio
 
 from kvfs import heat, layout
-from kvfs.attributes import PIN, TTL, parse_ttl
+from kvfs.attributes import PIN, TTL, parse_ttl, seal_from
 from kvfs.catalog import GOOD, ROOT_INODE, BlockState, Inode, Kind, Replica
 from kvfs.errors import KvfsError, TierOffline
 from kvfs.replicas import Replicas, largest
-from kvfs.seal import Seal, checksum_of
+from kvfs.seal import Content, Seal, content_of
 from kvfs.tier import Tier, write_identity
 from kvfs.volume import Volume
 from kvfs.walk import Found, in_batches, missing_files, walk_tier
@@ -29,6 +30,8 @@ from kvfs.walk import Found, in_batches, missing_files, walk_tier
 log = logging.getLogger(__name__)
 
 PROGRESS_FILES = 50_000
+# More inodes than 2^20 a second are not made, so no number up to now is above the time times this.
+NUMBERS_PER_SECOND_BITS = 20
 
 
 class Verdict(Enum):
@@ -53,6 +56,9 @@ class Recovery:
     async def before_serving(self) -> None:
         """Everything that must hold before the first request."""
         volume = self.volume
+        if volume.rebuild or (volume.unclean and not volume.same_boot):
+            # Blocks that only a tier knows keep their numbers: new ones must not be among them.
+            volume.catalog.skip_numbers(int(volume.clock.now_s()) << NUMBERS_PER_SECOND_BITS)
         volume.catalog.clamp_heat(
             volume.clock.now_s() + heat.MAX_HALF_LIVES_AHEAD * volume.config.tiering.half_life_s
         )
@@ -131,12 +137,14 @@ class Recovery:
         absolute = tier.locate(path, bool(replica.fanned))
         try:
             seal = await tier.run(tier.read_seal, absolute)
+            if seal is None or (seal.inode, seal.generation) != (inode.id, inode.generation):
+                return False
+            # A writer that came while it was sealed leaves a record that is not of its bytes.
+            content = await tier.run(content_of, absolute)
             status = await tier.run(os.stat, absolute)
         except FileNotFoundError:
             return False
-        if seal is None or (seal.inode, seal.generation) != (inode.id, inode.generation):
-            return False
-        if seal.length_bytes != status.st_size:
+        if content != Content(seal.length_bytes, seal.checksum):
             return False
         self._record_sealed(inode, seal, tier, status)
         return True
@@ -163,46 +171,42 @@ class Recovery:
         catalog = self.volume.catalog
         for other in sorted(catalog.replicas(inode.id), key=lambda r: r.state):
             place = self.volume.by_number[other.tier]
-            if not place.online or not await self._matches(inode, path, place, other):
+            if not place.online:
+                continue
+            sealed = await self._seal_again(inode, path, place, other)
+            if sealed is None:
                 continue
             rest = [r for r in catalog.replicas(inode.id) if r.tier != other.tier]
-            if other.state == GOOD:
-                catalog.update(inode.id, state=int(BlockState.SEALED))
-                catalog.set_replica_states(inode.id, GOOD, besides=other.tier)
-            else:
-                self._revive(inode, path, other, [r for r in rest if r.state == GOOD])
+            rewritten = [r for r in rest if r.state == GOOD] if other.state != GOOD else []
+            self._revive(sealed, path, rewritten)
             return
         log.warning("%r was being rewritten when kvfs stopped: removed", os.fsdecode(path))
         self._discard(inode, path, "discarded_reopened")
 
-    async def _matches(self, inode: Inode, path: bytes, tier: Tier, replica: Replica) -> bool:
-        """Whether a replica has the content of the last seal; it gets the record again then."""
+    async def _seal_again(
+        self, inode: Inode, path: bytes, tier: Tier, replica: Replica
+    ) -> Inode | None:
+        """The row with the length of the last seal, if a replica has that content.
+
+        The replica gets the record again, which it lost when it was opened for writing.
+        """
         absolute = tier.locate(path, bool(replica.fanned))
 
-        def check() -> bool:
-            descriptor = os.open(absolute, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return checksum_of(descriptor) == inode.checksum
-            finally:
-                os.close(descriptor)
+        def check() -> Inode | None:
+            content = content_of(absolute)
+            if content is None or content.checksum != inode.checksum:
+                return None
+            sealed = inode._replace(size_bytes=content.length_bytes)
+            tier.write_seal(absolute, seal_from(sealed))
+            return sealed
 
-        try:
-            return await tier.run(check)
-        except FileNotFoundError:
-            return False
+        return await tier.run(check)
 
-    def _revive(self, inode: Inode, path: bytes, good: Replica, rewritten: list[Replica]) -> None:
-        catalog = self.volume.catalog
-        with catalog.transaction():
-            self.replicas.promise_removal(inode.id, path, rewritten, inline_too=True)
-            for replica in rewritten:
-                catalog.drop_replica(inode.id, replica.tier)
-            catalog.update(inode.id, state=int(BlockState.SEALED))
-            catalog.set_replica_states(inode.id, GOOD, besides=-1)
-        for replica in rewritten:
-            index = self.volume.by_number[replica.tier].index
-            self.volume.space.remove(index, replica.allocated_bytes, duplicate=True)
-        self.volume.settling_due.set()
+    def _revive(self, inode: Inode, path: bytes, rewritten: list[Replica]) -> None:
+        self.replicas.forget_replicas(inode.id, path, rewritten)
+        with self.volume.catalog.transaction():
+            self.volume.catalog.update(inode.id, state=int(BlockState.SEALED))
+            self.volume.catalog.set_replica_states(inode.id, GOOD, besides=-1)
 
     def _discard(self, inode: Inode, path: bytes, event: str) -> None:
         self.replicas.remove_block(inode, path)
@@ -246,7 +250,7 @@ class Recovery:
         """What the file is, by name and seal record. Changes nothing."""
         catalog = self.volume.catalog
         there = catalog.resolve(found.path)
-        seal = found.seal
+        seal = self._trusted_seal(tier, found, there)
         if there is not None and any(r.tier == tier.number for r in catalog.replicas(there.id)):
             return Verdict.KNOWN
         if seal is None:
@@ -264,8 +268,20 @@ class Recovery:
         same = seal.generation == row.generation and seal.checksum == row.checksum
         return Verdict.REPLICA if same and there is not None else Verdict.STALE
 
+    def _trusted_seal(self, tier: Tier, found: Found, there: Inode | None) -> Seal | None:
+        """The seal record, unless it comes from another kvfs: its numbers mean nothing here."""
+        seal = found.seal
+        if seal is None or not tier.identity.adopt:
+            return seal
+        row = there or self.volume.catalog.get(seal.inode)
+        if row is None or (row is there and (row.id, row.checksum) == (seal.inode, seal.checksum)):
+            return seal
+        return None
+
     def _adopt(self, tier: Tier, found: Found, verdict: Verdict) -> None:
         """A block appears. A newer generation replaces what was known by its number."""
+        if verdict is Verdict.ADOPT:
+            found = replace(found, seal=None)
         catalog, seal = self.volume.catalog, found.seal
         if verdict is Verdict.NEWER:
             assert seal is not None, "only a sealed file has a generation"

@@ -19,7 +19,7 @@ from kvfs import heat, layout, scans
 from kvfs.catalog import GOOD, BlockState, Inode, Intent, Kind, Replica
 from kvfs.errors import BlockBusy, BlockNotFound, TierFull
 from kvfs.open_block import OpenBlock
-from kvfs.space import Reservation
+from kvfs.space import Reservation, rounded
 from kvfs.tier import Tier
 from kvfs.volume import Volume
 
@@ -109,6 +109,16 @@ class Replicas:
         await self.settle(tier)
         return wanted_bytes <= account.free_bytes
 
+    async def relieve(self, block: OpenBlock, size_bytes: int) -> bool:
+        """Evict for a writer whose tier is the last; whether its file may have this size then."""
+        tier, reservation = block.tier, block.reservation
+        if reservation is None or self.volume.config.tiering.on_full != "evict":
+            return False
+        if any(other.accepts and other.index > tier.index for other in self.volume.tiers):
+            return False
+        more = rounded(size_bytes) - block.accounted_bytes - reservation.size_bytes
+        return more > 0 and await self.make_room(tier, more)
+
     # --- removing
 
     def remove_block(self, inode: Inode, path: bytes) -> None:
@@ -157,32 +167,59 @@ class Replicas:
                 block.accounted_bytes = replica.allocated_bytes
                 block.hold(account)
             elif tier.number in promised:
-                self._intent_bytes[promised[tier.number]] = replica.allocated_bytes
-                self._promised_bytes[tier.number] += replica.allocated_bytes
-                account.held_bytes += replica.allocated_bytes
+                self._hold_promised(tier, promised[tier.number], replica.allocated_bytes)
         if block is not None:
             block.orphan = inode
         volume.accesses.forget(inode.id)
         volume.blocks -= 1
 
+    def account_spill(self, replicas: list[Replica], source: Tier, target: Tier) -> None:
+        """A file being written went on elsewhere, in place of an older copy there."""
+        rest = list(replicas)
+        for replica in replicas:
+            if replica.tier in (source.number, target.number):
+                rest.remove(replica)
+                index = self.volume.by_number[replica.tier].index
+                self.volume.space.remove(index, replica.allocated_bytes, beside_bytes=largest(rest))
+        self.volume.space.add(target.index, 0)
+
+    def _hold_promised(self, tier: Tier, intent: int, allocated_bytes: int) -> None:
+        """Until the file is unlinked its bytes are on the tier."""
+        self._intent_bytes[intent] = allocated_bytes
+        self._promised_bytes[tier.number] += allocated_bytes
+        self.volume.space[tier.index].held_bytes += allocated_bytes
+
+    def forget_replicas(self, inode: int, path: bytes, gone: list[Replica]) -> dict[int, int]:
+        """Some replicas of a block that keeps another are no more; tier number -> intent."""
+        volume = self.volume
+        rest = volume.catalog.replicas(inode)
+        with volume.catalog.transaction():
+            promised = self.promise_removal(inode, path, gone, inline_too=True)
+            for replica in gone:
+                volume.catalog.drop_replica(inode, replica.tier)
+        block = self.open_blocks.get(inode)
+        for replica in gone:
+            rest.remove(replica)
+            tier = volume.by_number[replica.tier]
+            size = replica.allocated_bytes
+            volume.space.remove(tier.index, size, beside_bytes=largest(rest))
+            if block is not None and block.tier is tier and not block.fetched:
+                block.accounted_bytes = size
+                block.hold(volume.space[tier.index])
+            else:
+                self._hold_promised(tier, promised[tier.number], size)
+        volume.settling_due.set()
+        return promised
+
     async def drop(self, inode: Inode, tier: Tier, path: bytes) -> int:
         """Remove one replica of a block that has another; its bytes. The caller claims the path."""
-        volume = self.volume
-        replicas = volume.catalog.replicas(inode.id)
+        replicas = self.volume.catalog.replicas(inode.id)
         mine = [replica for replica in replicas if replica.tier == tier.number]
-        others = [replica for replica in replicas if replica.tier != tier.number]
         assert mine, "the replica to drop is not there"
-        assert others, "the last replica is evicted, not dropped"
-        with volume.catalog.transaction():
-            promised = self.promise_removal(inode.id, path, mine, inline_too=True)
-            volume.catalog.drop_replica(inode.id, tier.number)
-        volume.space.remove(tier.index, mine[0].allocated_bytes, beside_bytes=largest(others))
-        block = self.open_blocks.get(inode.id)
-        if block is not None and block.tier is tier and not block.fetched:
-            block.accounted_bytes = mine[0].allocated_bytes
-            block.hold(volume.space[tier.index])
+        assert len(replicas) > 1, "the last replica is evicted, not dropped"
+        promised = self.forget_replicas(inode.id, path, mine)
         await tier.run(tier.remove, path, bool(mine[0].fanned))
-        volume.catalog.intent_done(promised[tier.number])
+        self.finish(tier, promised[tier.number])
         return mine[0].allocated_bytes
 
     def check_evictable(self, inode: Inode) -> bytes:

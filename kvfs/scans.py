@@ -65,20 +65,24 @@ def snapshot(db: sqlite3.Connection, survey: Survey) -> Snapshot:
     survey._pins = pinned_directories(db)
     numbers = {index: number for number, index in survey.index_of.items()}
     threshold = heat.tau_for(survey.settings.promote_heat, survey.now_s, survey.half_life_s)
-    coldest, hottest = [], []
-    arrivals = 0
+    hottest: list[tuple[BlockView, ...]] = [
+        tuple(_hottest(db, survey, numbers[tier.index], threshold)) if tier.index else ()
+        for tier in survey.tiers
+    ]
+    coldest = []
+    arrivals = 0.0
     for tier in survey.tiers:
-        excess = tier.used_bytes + arrivals - tier.low_watermark * tier.capacity_bytes
-        high = tier.high_watermark * tier.capacity_bytes
-        wanted = excess * SLACK if tier.used_bytes + arrivals > high else 0
-        number = numbers[tier.index]
-        displaced = min(tier.promote_budget_bytes, tier.capacity_bytes // 8)
-        residents = _coldest(db, survey, number, int(wanted) + displaced)
-        if tier.index > 0 and wanted:
-            residents = _with_copies(db, survey, number, residents)
+        expected = tier.used_bytes + arrivals
+        relief = max(0.0, expected - tier.low_watermark * tier.capacity_bytes) * SLACK
+        if expected <= tier.high_watermark * tier.capacity_bytes:
+            relief = 0.0
+        coming = sum(b.size_bytes for blocks in hottest[tier.index + 1 :] for b in blocks)
+        displaced = min(coming, tier.promote_budget_bytes, tier.capacity_bytes // 8)
+        residents = _coldest(db, survey, numbers[tier.index], int(relief) + displaced)
+        if tier.index and relief:
+            residents = _with_copies(db, survey, numbers[tier.index], residents)
         coldest.append(tuple(residents))
-        hottest.append(tuple(_hottest(db, survey, number, threshold)) if tier.index else ())
-        arrivals = max(0, int(wanted))
+        arrivals = relief + displaced
     return Snapshot(
         now=survey.now_s, half_life_s=survey.half_life_s, tiers=survey.tiers,
         coldest=tuple(coldest), hottest=tuple(hottest),

@@ -82,6 +82,26 @@ def checksum_of(descriptor: int, *, past_page_cache: bool = False) -> bytes:
     return digest.digest()
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file contains, as a seal record says it."""
+
+    length_bytes: int
+    checksum: bytes
+
+
+def content_of(absolute: bytes) -> Content | None:
+    """Length and checksum of a file now; None when there is none. Blocking."""
+    try:
+        descriptor = os.open(absolute, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        return Content(os.fstat(descriptor).st_size, checksum_of(descriptor))
+    finally:
+        os.close(descriptor)
+
+
 def no_writer_left(descriptor: int) -> bool:
     """Whether nobody can write this file any more: no open descriptor, no shared mapping.
 

@@ -174,19 +174,8 @@ class Sealer:
         if now.generation == before.generation:
             catalog.set_replica_states(before.id, GOOD, besides=tier.number)
             return
-        replicas = catalog.replicas(before.id)
-        others = [r for r in replicas if r.tier != tier.number]
-        with catalog.transaction():
-            self.replicas.promise_removal(before.id, path, others, inline_too=True)
-            for replica in others:
-                catalog.drop_replica(before.id, replica.tier)
-        for replica in others:
-            index = self.volume.by_number[replica.tier].index
-            replicas.remove(replica)
-            self.volume.space.remove(
-                index, replica.allocated_bytes, beside_bytes=largest(replicas)
-            )
-        self.volume.settling_due.set()
+        others = [r for r in catalog.replicas(before.id) if r.tier != tier.number]
+        self.replicas.forget_replicas(before.id, path, others)
 
 
 def seal_files(tier: Tier, jobs: list[Job]) -> list[Sealed]:

@@ -189,6 +189,8 @@ class Tier:
         identity = read_identity(self.config.path)
         if identity.uuid != self.identity.uuid:
             raise OSError(errno.ENODEV, "another tier is mounted at its path")
+        if self._lock_fd < 0:
+            self.lock()
         self.identity = identity
 
     def lock(self) -> None:

@@ -45,7 +45,7 @@ class Views:
             "half_life_s": volume.config.tiering.half_life_s,
             "blocks": volume.blocks,
             "directories": volume.directories,
-            "unsealed": len(volume.to_seal),
+            "unsealed": volume.catalog.count_unsealed(),
             "open": len(store.replicas.open_blocks),
             "duplicate_bytes": volume.space.duplicate_bytes,
             "tiers": self.tiers(),

@@ -225,7 +225,6 @@ def _open_tiers(
     known = {uuid: (number, name, path) for number, uuid, name, path in catalog.known_tiers()}
     tiers = []
     for index, (tier, identity) in enumerate(zip(config.tier, found, strict=True)):
-        offline = identity is None and not tier.path.is_dir()
         if identity is None:
             identity = _identity_of_missing(tier, known, forget)
         elif identity.uuid not in known and identity.members and not new:
@@ -236,12 +235,18 @@ def _open_tiers(
             )
         number = catalog.tier_number(identity.uuid, tier.name, str(tier.path))
         opened = Tier(index, number, tier, identity)
-        if offline:
-            opened.mark_offline(f"{tier.path} does not exist")
+        if identity.probe is ABSENT:
+            opened.mark_offline(f"{tier.path} is not mounted")
         tiers.append(opened)
-    _forget_absent(catalog, {tier.number for tier in tiers}, forget)
+    # Before anything is forgotten: another daemon may have this catalog.
     _lock_all(tiers)
-    _remember_members(tiers)
+    try:
+        _forget_absent(catalog, {tier.number for tier in tiers}, forget)
+        _remember_members(tiers)
+    except BaseException:
+        for opened in tiers:
+            opened.unlock()
+        raise
     return tiers
 
 

@@ -123,6 +123,8 @@ def _raise_refusal(answer: bytes, log_path: Path) -> None:
 
 def refusal_of(error: BaseException) -> bytes:
     """What a daemon that cannot start tells its starter."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
     text = str(error) or type(error).__name__
     return json.dumps({"message": text, "exit_code": exit_code_of(error)}).encode()
 

@@ -110,15 +110,24 @@ def run_kvfs(*arguments: object) -> str:
     return done.stdout
 
 
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A kvfs mount: its daemon, and how long `kvfs mount` took to return."""
+
+    pid: int
+    took_s: float
+
+
 @contextmanager
-def kvfs_mount(mountpoint: Path, config: Path) -> Iterator[int]:
-    """Mounted by the installed command; the daemon's process id."""
+def kvfs_mount(mountpoint: Path, config: Path) -> Iterator[Mounted]:
+    """Mounted by the installed command."""
     mountpoint.mkdir(exist_ok=True)
+    log_file = config.with_suffix(".log")
     try:
-        run_kvfs(
-            "mount", mountpoint, "--config", config, "--log-file", config.with_suffix(".log")
-        )
-        yield int(json.loads(run_kvfs("status", mountpoint, "--json"))["pid"])
+        start_s = time.monotonic()
+        run_kvfs("mount", mountpoint, "--config", config, "--log-file", log_file)
+        took_s = time.monotonic() - start_s
+        yield Mounted(int(json.loads(run_kvfs("status", mountpoint, "--json"))["pid"]), took_s)
     finally:
         if mountpoint in kvfs_mountpoints():
             run_kvfs("umount", mountpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def shared(shared_log: list[str]) -> Iterator[MountedKvfs]:
 @pytest.fixture
 def there(shared: MountedKvfs, request: pytest.FixtureRequest) -> Path:
     """An empty directory in the shared mount."""
-    directory = shared.path / re.sub(r"\W+", "-", request.node.name)[:100]
-    directory.mkdir()
+    prefix = re.sub(r"\W+", "-", request.node.name)[:60] + "-"
+    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=shared.path))
+    directory.chmod(0o755)
     return directory

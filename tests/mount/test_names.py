@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.live import config_in, live, publish, scratch, state, wait_sealed
+from tests.mount.live import config_in, demote, live, publish, scratch, state, wait_sealed
 from tests.mounting import MountedKvfs, run_kvfs, wait_until
 
 STRANGE_NAMES = [
@@ -53,8 +53,7 @@ def test_strange_names_are_served_like_any_others(
         file.write(name)
     assert os.listdir(directory) == [name]
     wait_until(lambda: os.getxattr(path, "user.kvfs.state") == b"sealed", "sealed")
-    done = run_kvfs("demote", os.fsdecode(path), "--to", "hdd")
-    assert "demoted 1 blocks" in done.stdout
+    demote(shared, Path(os.fsdecode(path)), "hdd")
     on_tier = os.fsencode(shared.tiers["hdd"]) + path.removeprefix(os.fsencode(shared.path))
     with open(path, "rb") as file, open(on_tier, "rb") as backing:
         assert file.read() == backing.read() == name
