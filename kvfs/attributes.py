@@ -34,8 +34,10 @@ PREFIX = b"user.kvfs."
 PIN = b"user.kvfs.pin"
 TTL = b"user.kvfs.ttl"
 SOCKET = b"user.kvfs.socket"
-# What an ext4 inode with a block of xattrs takes; a tier must be able to carry them.
-XATTR_TOTAL_BYTES = 4096
+# What fits into ext4's one block of xattrs beside the seal record, a pin and a ttl: a tier must be
+# able to carry all of them.
+XATTR_TOTAL_BYTES = 3584
+XATTR_ENTRY_BYTES = 16
 STATE_NAMES = {
     BlockState.WRITING: "writing",
     BlockState.PUBLISHED: "published",
@@ -200,8 +202,8 @@ class Attributes:
         elif name.startswith(PREFIX):
             raise NotPermitted(f"{name.decode()} cannot be set")
         else:
-            taken = sum(len(n) + len(v) for n, v in catalog.xattrs(number) if n != name)
-            if taken + len(name) + len(value) > XATTR_TOTAL_BYTES:
+            taken = sum(xattr_cost(n, v) for n, v in catalog.xattrs(number) if n != name)
+            if taken + xattr_cost(name, value) > XATTR_TOTAL_BYTES:
                 raise FilesystemError(errno.ENOSPC)
             catalog.set_xattr(number, name, value)
         await self._on_replicas(inode, _mirror_xattr, name, value)
@@ -228,6 +230,11 @@ class Attributes:
         elif not catalog.remove_xattr(number, name):
             raise FilesystemError(errno.ENODATA)
         await self._on_replicas(inode, _mirror_xattr, name, None)
+
+
+def xattr_cost(name: bytes, value: bytes) -> int:
+    """What an xattr takes on ext4: an entry, and name and value in steps of 4 bytes."""
+    return XATTR_ENTRY_BYTES + len(name) + -len(name) % 4 + len(value) + -len(value) % 4
 
 
 def parse_ttl(value: bytes) -> float | None:

@@ -270,6 +270,7 @@ class Blocks:
 
     def _unseal(self, block: OpenBlock) -> None:
         catalog = self.volume.catalog
+        self.volume.sealing.discard(block.inode)
         row = catalog.get(block.inode)
         if row is None:
             return
@@ -278,7 +279,9 @@ class Blocks:
                 catalog.update(row.id, state=int(BlockState.REOPENED))
                 catalog.set_replica_states(row.id, SUSPECT, besides=block.tier.number)
             else:
-                catalog.update(row.id, state=int(BlockState.WRITING))
+                # A record that the sealer attaches too late is of an older generation.
+                generation = row.generation + 1
+                catalog.update(row.id, state=int(BlockState.WRITING), generation=generation)
 
     # --- bytes
 

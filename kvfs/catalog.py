@@ -192,10 +192,18 @@ class Catalog:
 
     def usage(self) -> dict[int, tuple[int, int]]:
         """Per tier number: replicas, allocated bytes. A scan: at mount only."""
-        rows = self._db.execute(
-            "SELECT tier, count(*), sum(allocated_bytes) FROM replica GROUP BY tier"
+        numbers = [tier[0] for tier in self.known_tiers()]
+        if not numbers:
+            return {}
+        # Grouped by tier, SQLite would walk the heat index and seek every row: ten times slower.
+        columns = ", ".join(
+            f"count(*) FILTER (WHERE tier = {number}),"
+            f" sum(allocated_bytes) FILTER (WHERE tier = {number})"
+            for number in numbers
         )
-        return {tier: (count, size) for tier, count, size in rows}
+        found = self._db.execute(f"SELECT {columns} FROM replica").fetchone()
+        pairs = zip(numbers, found[::2], found[1::2], strict=True)
+        return {number: (count, size) for number, count, size in pairs if count}
 
     def duplicate_bytes(self) -> int:
         """Bytes of replicas beyond the largest of each block. A scan: at mount only."""
@@ -216,8 +224,10 @@ class Catalog:
 
     def totals(self) -> tuple[int, int]:
         """How many blocks and directories there are. A scan: at mount only."""
-        rows = dict(self._db.execute("SELECT kind, count(*) FROM inode GROUP BY kind"))
-        return rows.get(Kind.BLOCK, 0), rows.get(Kind.DIRECTORY, 0)
+        blocks, every = self._db.execute(
+            f"SELECT count(*) FILTER (WHERE kind = {int(Kind.BLOCK)}), count(*) FROM inode"
+        ).fetchone()
+        return blocks, every - blocks
 
     # --- names
 

@@ -242,8 +242,9 @@ class Namespace:
         pending = [(tier, intent) for tier, intent in intents if not tier.inline]
         for tier, intent in intents:
             if tier.inline:
-                await self.replicas.apply(tier, intent)
-                self.replicas.finish(tier, intent.id)
+                with contextlib.suppress(TierOffline):
+                    await self.replicas.apply(tier, intent)
+                    self.replicas.finish(tier, intent.id)
         if not pending:
             return
         async with self.volume.claims.hold(old, new):

@@ -322,7 +322,9 @@ class _Planner:
 
     def relieve(self, tier: int) -> None:
         """From above the high watermark to the low one, as far as blocks may leave."""
-        view, used_bytes = self.tiers[tier], self.used_bytes[tier]
+        view = self.tiers[tier]
+        # A tier that made room for arrivals may be below the watermark by now: it is still relieved.
+        used_bytes = max(view.used_bytes, self.used_bytes[tier])
         if used_bytes <= view.high_bytes:
             return
         verb = "is" if view.used_bytes > view.high_bytes else "gets"

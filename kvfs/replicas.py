@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # How many cold residents are looked at when a writer finds every tier full.
 EMERGENCY_CANDIDATES = 512
+ROOM_ATTEMPTS = 8
 
 
 def ghost_key(path: bytes) -> bytes:
@@ -80,7 +81,10 @@ class Replicas:
         if volume.config.tiering.on_full == "evict" and candidates:
             last = candidates[-1]
             wanted = max(at_least_bytes, volume.space.expected_bytes(last.index, *keys))
-            if await self.make_room(last, wanted):
+            for _ in range(ROOM_ATTEMPTS):
+                if not await self.make_room(last, wanted):
+                    break
+                # Another writer may have taken the room while the files were removed.
                 reservation = volume.space.reserve(last.index, wanted)
                 if reservation is not None:
                     return last, reservation
@@ -130,7 +134,7 @@ class Replicas:
         replicas = volume.catalog.replicas(inode.id)
         for replica in replicas:
             tier = volume.by_number[replica.tier]
-            if tier.inline:
+            if tier.inline and tier.online:
                 tier.remove(path, bool(replica.fanned))
         with volume.catalog.transaction():
             promised = self.promise_removal(inode.id, path, replicas)
@@ -145,7 +149,7 @@ class Replicas:
         promised = {}
         for replica in replicas:
             tier = self.volume.by_number[replica.tier]
-            if not tier.inline or inline_too:
+            if inline_too or not (tier.inline and tier.online):
                 stored = layout.stored_path(path, bool(replica.fanned))
                 intent = self.volume.catalog.add_intent(tier.number, "unlink", inode, stored)
                 promised[tier.number] = intent.id

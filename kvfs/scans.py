@@ -7,7 +7,9 @@ the command. Nothing here changes anything.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import os
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ MIN_CANDIDATES = 256
 MAX_PROMOTIONS = 512
 # How much more than needed is read, because some candidates turn out pinned or open.
 SLACK = 1.25
+# Candidates that may leave, per move that a plan may hold: a choice, without reading a whole tier.
+CHOICE = 8
 
 
 class Resident(NamedTuple):
@@ -93,15 +97,17 @@ def _coldest(
     db: sqlite3.Connection, survey: Survey, number: int, wanted_bytes: int
 ) -> list[BlockView]:
     found: list[BlockView] = []
-    movable_bytes = 0
+    movable = movable_bytes = 0
+    choice = CHOICE * survey.settings.max_moves
     rows = db.execute(f"{_RESIDENT} WHERE r.tier = ? ORDER BY r.tau", (number,))
     for row in rows:
         block = view(db, survey, Resident._make(row))
         found.append(block)
-        if block.movable and not block.pinned:
+        if block.movable and not block.pinned and not block.keep:
+            movable += 1
             movable_bytes += block.size_bytes
         enough = movable_bytes >= wanted_bytes and len(found) >= MIN_CANDIDATES
-        if enough or len(found) >= MAX_CANDIDATES:
+        if enough or movable >= choice or len(found) >= MAX_CANDIDATES:
             break
     return sorted(found, key=lambda block: block.tau)
 
@@ -163,10 +169,15 @@ def resident(db: sqlite3.Connection, inode: int) -> Resident | None:
     return Resident._make(row) if row else None
 
 
-def is_kept(name: bytes, patterns: Iterable[str]) -> bool:
+def is_kept(name: bytes, patterns: tuple[str, ...]) -> bool:
     """Whether the name is of those that are never evicted by themselves."""
-    text = os.fsdecode(name)
-    return any(fnmatch.fnmatchcase(text, pattern) for pattern in patterns)
+    return _any_of(patterns).match(os.fsdecode(name)) is not None
+
+
+@functools.lru_cache(maxsize=8)
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """One expression for all patterns: it is asked for every candidate of a plan."""
+    return re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)")
 
 
 def pinned_directories(db: sqlite3.Connection) -> dict[int, bool]:

@@ -17,7 +17,7 @@ from kvfs.catalog import GOOD, BlockState, Inode, Kind
 from kvfs.errors import TierOffline
 from kvfs.replicas import Replicas, largest
 from kvfs.seal import Seal, checksum_of, no_writer_left
-from kvfs.tier import Tier
+from kvfs.tier import TIER_ERRNOS, Tier
 from kvfs.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class Sealer:
             async with trio.open_nursery() as nursery:
                 for tier, jobs in by_tier.items():
                     nursery.start_soon(self._seal_on, tier, jobs, again)
+            self.volume.sealing.clear()
         return again
 
     def _job(self, number: int) -> tuple[Tier, Job] | None:
@@ -104,7 +105,10 @@ class Sealer:
         tier, replica = min(
             ((self.volume.by_number[r.tier], r) for r in good), key=lambda pair: pair[0].index
         )
-        return (tier, Job(inode, path, bool(replica.fanned))) if tier.online else None
+        if not tier.online:
+            return None
+        self.volume.sealing.add(number)
+        return tier, Job(inode, path, bool(replica.fanned))
 
     async def _seal_on(self, tier: Tier, jobs: list[Job], again: set[int]) -> None:
         # A remote call has a deadline, so a batch there is one block.
@@ -136,6 +140,7 @@ class Sealer:
                     continue
                 if (
                     sealed.checksum is None
+                    or before.id not in self.volume.sealing
                     or now.generation != before.generation
                     or now.state != before.state
                     or (block is not None and block.writers)
@@ -186,6 +191,12 @@ def seal_files(tier: Tier, jobs: list[Job]) -> list[Sealed]:
             results.append(_seal_file(tier, job))
         except FileNotFoundError:
             continue
+        except OSError as error:
+            # A file that cannot be sealed must not keep the others of its batch from it.
+            if error.errno in TIER_ERRNOS:
+                raise
+            log.error("tier %s: sealing %r: %s", tier.name, os.fsdecode(job.path), error)
+            results.append(Sealed(job))
     return results
 
 
@@ -200,16 +211,17 @@ def _seal_file(tier: Tier, job: Job) -> Sealed:
         after = os.fstat(descriptor)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             return Sealed(job)
+        inode = job.inode
+        same = checksum == inode.checksum and after.st_size == inode.size_bytes
+        reopened = inode.state == BlockState.REOPENED
+        generation = inode.generation + (reopened and not same)
+        seal = Seal(
+            inode.id, generation, after.st_size, checksum,
+            inode.mode, inode.uid, inode.gid, inode.mtime_ns,
+        )  # fmt: skip
+        # By descriptor: another file may have the name by now.
+        tier.write_seal(descriptor, seal)
+        # Asked again: the record may have taken a page of its own.
+        return Sealed(job, checksum, generation, os.fstat(descriptor))
     finally:
         os.close(descriptor)
-    inode = job.inode
-    same = checksum == inode.checksum and after.st_size == inode.size_bytes
-    reopened = inode.state == BlockState.REOPENED
-    generation = inode.generation + (reopened and not same)
-    seal = Seal(
-        inode.id, generation, after.st_size, checksum,
-        inode.mode, inode.uid, inode.gid, inode.mtime_ns,
-    )  # fmt: skip
-    tier.write_seal(absolute, seal)
-    # Asked again: the record may have taken a page of its own.
-    return Sealed(job, checksum, generation, os.stat(absolute))

@@ -185,7 +185,10 @@ class Tier:
         self.limiter.total_tokens = config.concurrency
 
     def probe(self) -> None:
-        """Raise OSError unless the identity can be read: what brings a tier back. Blocking."""
+        """Raise OSError or TierError unless the tier is there and ours: what brings it back.
+
+        Blocking.
+        """
         identity = read_identity(self.config.path)
         if identity.uuid != self.identity.uuid:
             raise OSError(errno.ENODEV, "another tier is mounted at its path")
@@ -211,19 +214,20 @@ class Tier:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    def write_seal(self, absolute: bytes, seal: Seal) -> None:
-        """Attach a seal record to a file, and give the file the block's time. Blocking."""
-        os.utime(absolute, ns=(seal.mtime_ns, seal.mtime_ns))
+    def write_seal(self, file: bytes | int, seal: Seal) -> None:
+        """Attach a seal record to a file (a path or a descriptor), and give the file the block's
+        time. Blocking."""
+        os.utime(file, ns=(seal.mtime_ns, seal.mtime_ns))
         if self.identity.probe.xattrs:
-            os.setxattr(absolute, SEAL_XATTR, seal.encode())
+            os.setxattr(file, SEAL_XATTR, seal.encode())
             return
-        sidecar = self._sidecar(absolute)
+        sidecar = self._sidecar(file)
         os.makedirs(os.path.dirname(sidecar), exist_ok=True)
         temporary = sidecar + b".new"
-        with open(temporary, "wb") as file:
-            file.write(seal.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with open(temporary, "wb") as out:
+            out.write(seal.encode())
+            out.flush()
+            os.fsync(out.fileno())
         os.rename(temporary, sidecar)
 
     def read_seal(self, absolute: bytes) -> Seal | None:
@@ -251,8 +255,8 @@ class Tier:
             else:
                 os.unlink(self._sidecar(absolute))
 
-    def _sidecar(self, absolute: bytes) -> bytes:
-        return self.root + b"/" + layout.sidecar_path(os.stat(absolute).st_ino)
+    def _sidecar(self, file: bytes | int) -> bytes:
+        return self.root + b"/" + layout.sidecar_path(os.stat(file).st_ino)
 
     def remove(self, path: bytes, fanned: bool) -> None:
         """Unlink a block's file, and directories that are empty then. Missing is fine. Blocking."""

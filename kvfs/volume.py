@@ -66,6 +66,8 @@ class Volume:
     sealing_due: trio.Event = field(default_factory=trio.Event)
     settling_due: trio.Event = field(default_factory=trio.Event)
     to_seal: set[int] = field(default_factory=set)
+    # Being hashed; a writer takes its block out, so that no older hash is committed for it.
+    sealing: set[int] = field(default_factory=set)
     walking: bool = False
     blocks: int = 0
     directories: int = 0

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -141,9 +142,13 @@ class Daemon:
             nursery.start_soon(store.recovery.reconcile)
 
     async def _announce(self) -> None:
-        """Ready means that the mount answers, not that it was made."""
-        await trio.to_thread.run_sync(os.listdir, self.mountpoint)
-        await trio.to_thread.run_sync(raise_read_ahead, self.mountpoint)
+        """Ready means that the mount answers, not that it was made.
+
+        Abandoned when a service crashes first: nobody would answer then.
+        """
+        ask = partial(trio.to_thread.run_sync, abandon_on_cancel=True)
+        await ask(os.listdir, self.mountpoint)
+        await ask(raise_read_ahead, self.mountpoint)
         log.info("mounted on %s", self.mountpoint)
         notify_systemd("READY=1")
         self._on_ready()
@@ -154,14 +159,13 @@ class Daemon:
                 if number == signal.SIGHUP:
                     self._reload_on_signal()
                 else:
-                    notify_systemd("STOPPING=1")
                     await self._unmount()
 
     async def _unmount(self) -> None:
         """Leave the mount: in order when nobody uses it, else at once."""
         log.info("unmounting %s", self.mountpoint)
         try:
-            await trio.to_thread.run_sync(umount2, self.mountpoint, 0)
+            await trio.to_thread.run_sync(umount2, self.mountpoint, 0, abandon_on_cancel=True)
         except OSError as error:
             log.info("it is in use (%s): detached", error.strerror)
             await trio.to_thread.run_sync(detach, self.mountpoint)
@@ -201,6 +205,7 @@ class Daemon:
 
     async def _finish(self, *, clean: bool) -> None:
         """What was promised and can still be done, within a bound."""
+        notify_systemd("STOPPING=1")
         try:
             with trio.move_on_after(FINAL_FLUSH_S) as scope:
                 await self.operations.close_all()

@@ -153,7 +153,8 @@ async def _revive(store: Store, tier: Tier) -> None:
     with trio.move_on_after(tier.config.deadline_s):
         try:
             await trio.to_thread.run_sync(tier.probe, limiter=tier.limiter, abandon_on_cancel=True)
-        except (OSError, TierError):
+        except (OSError, TierError) as error:
+            tier.last_error = str(error)
             return
         tier.mark_online()
         store.volume.settling_due.set()

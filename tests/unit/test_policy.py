@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfs.heat import heat_at, never, tau_for
@@ -149,6 +149,20 @@ def test_room_that_cannot_be_made_in_full_costs_nothing() -> None:
     assert plan(view, SETTINGS).moves == ()
 
 
+def test_room_that_was_given_up_is_not_counted_on() -> None:
+    blocks = [block(1, 0, heat=0.1, size=200), block(2, 0, heat=0.2, size=40)]
+    blocks += [block(3, 1, size=50), block(4, 1, size=900, pinned=True)]
+    made = plan(snapshot([tier(0, 960), tier(1, 950)], blocks), SETTINGS)
+    assert steps(made) == [("evict", 3, 1, None), ("demote", 2, 0, 1)]
+
+
+def test_a_full_tier_that_makes_room_is_still_relieved_to_its_low_watermark() -> None:
+    blocks = [block(1, 0, size=60), *(block(inode, 1, heat=0.1) for inode in range(2, 30))]
+    state = State.of(snapshot([tier(0, 960), tier(1, 960)], blocks))
+    state.apply(plan(state.snapshot(), SETTINGS))
+    assert state.used(0) == state.used(1) == 900
+
+
 def test_an_offline_tier_takes_and_gives_nothing() -> None:
     blocks = [block(1, 0, heat=0.1, size=60), block(2, 1, heat=9, size=60)]
     made = plan(snapshot([tier(0, 960), tier(1, 990, online=False), tier(2, 0)], blocks), SETTINGS)
@@ -173,12 +187,12 @@ def test_a_plan_stops_at_max_moves_and_the_next_one_gets_further() -> None:
     # Making room takes more moves than one plan may have.
     blocks = [block(1, 0, size=60), *(block(inode, 1, heat=0.1) for inode in range(2, 10))]
     state = State.of(snapshot([tier(0, 960), tier(1, 950)], blocks))
-    settings = replace(SETTINGS, max_moves=4)
-    made = plan(state.snapshot(), settings)
+    knobs = replace(SETTINGS, max_moves=4)
+    made = plan(state.snapshot(), knobs)
     assert [move.kind for move in made.moves] == ["evict"] * 4
     assert made.notes == ("stopped at 4 moves: the next pass goes on",)
     state.apply(made)
-    made = plan(state.snapshot(), settings)
+    made = plan(state.snapshot(), knobs)
     assert [move.kind for move in made.moves] == ["evict", "evict", "demote"]
 
 
@@ -239,6 +253,13 @@ def test_a_relieved_tier_takes_nothing_that_is_hardly_hotter_than_what_it_sent_a
     assert steps(plan(snapshot(views, blocks), SETTINGS)) == [("demote", 1, 0, 1)]
     hotter = [blocks[0], block(2, 1, heat=9)]
     assert steps(plan(snapshot(views, hotter), SETTINGS))[-1] == ("promote", 2, 1, 0)
+
+
+def test_a_promotion_that_finds_no_place_in_the_plan_displaces_nothing() -> None:
+    blocks = [block(1, 1, heat=8, size=20), block(2, 0, heat=1), block(3, 0, heat=1)]
+    view = snapshot([tier(0, 950), tier(1, 20)], blocks)
+    assert plan(view, replace(SETTINGS, max_moves=2)).moves == ()
+    assert len(plan(view, replace(SETTINGS, max_moves=3)).moves) == 3
 
 
 def test_a_promotion_does_not_drop_its_own_source() -> None:
@@ -345,7 +366,7 @@ class State:
         self.tiers[index] = replace(view, used_bytes=view.used_bytes + n)
 
 
-settings_strategy = st.builds(
+policy_settings = st.builds(
     PolicySettings,
     promote_heat=st.sampled_from([0.0, 0.5, 1.5, 4.0]),
     hysteresis=st.sampled_from([1.0, 1.3, 2.0, 4.0]),
@@ -419,55 +440,53 @@ def roomy_snapshots(draw: st.DrawFn, replicas: int) -> Snapshot:
     return snapshot(views, blocks)
 
 
-@given(snapshots(), settings_strategy)
-def test_every_plan_can_be_carried_out_in_its_order(
-    view: Snapshot, settings: PolicySettings
-) -> None:
+@given(snapshots(), policy_settings)
+def test_every_plan_can_be_carried_out_in_its_order(view: Snapshot, knobs: PolicySettings) -> None:
     state = State.of(view)
-    state.apply(plan(view, settings))
+    state.apply(plan(view, knobs))
 
 
-@given(snapshots(), settings_strategy)
+@given(snapshots(), policy_settings)
 def test_a_plan_names_each_block_once_and_only_those_that_may_move(
-    view: Snapshot, settings: PolicySettings
+    view: Snapshot, knobs: PolicySettings
 ) -> None:
-    made = plan(view, settings)
+    made = plan(view, knobs)
     named = [move.inode for move in made.moves]
-    assert len(named) == len(set(named)) <= settings.max_moves
+    assert len(named) == len(set(named)) <= knobs.max_moves
     blocks = State.of(view).blocks
     assert all(blocks[inode].movable and not blocks[inode].pinned for inode in named)
 
 
-@given(snapshots(), settings_strategy)
+@given(snapshots(), policy_settings)
 def test_only_the_last_tier_evicts_and_never_what_is_kept(
-    view: Snapshot, settings: PolicySettings
+    view: Snapshot, knobs: PolicySettings
 ) -> None:
     blocks = State.of(view).blocks
     last = max((t.index for t in view.tiers if t.online), default=None)
-    for move in plan(view, settings).moves:
+    for move in plan(view, knobs).moves:
         if move.kind == "evict":
-            assert settings.on_full == "evict"
+            assert knobs.on_full == "evict"
             assert blocks[move.inode].tiers == (last,)
             assert not blocks[move.inode].keep
 
 
-@given(snapshots(), settings_strategy)
+@given(snapshots(), policy_settings)
 def test_only_a_tier_above_its_watermark_or_asked_for_room_loses_a_block(
-    view: Snapshot, settings: PolicySettings
+    view: Snapshot, knobs: PolicySettings
 ) -> None:
-    made = plan(view, settings)
+    made = plan(view, knobs)
     fastest = min((t.index for t in view.tiers if t.online), default=0)
-    if view.tiers[fastest].used_bytes <= view.tiers[fastest].high_bytes and settings.max_moves > 12:
+    if view.tiers[fastest].used_bytes <= view.tiers[fastest].high_bytes and knobs.max_moves > 12:
         leaving = [m for m in made.moves if m.source == fastest]
         arriving = [m for m in made.moves if m.target == fastest]
         assert not leaving or arriving
 
 
-@given(snapshots(), settings_strategy)
+@given(snapshots(), policy_settings)
 def test_promotions_keep_within_budget_and_below_the_high_watermark(
-    view: Snapshot, settings: PolicySettings
+    view: Snapshot, knobs: PolicySettings
 ) -> None:
-    made, state = plan(view, settings), State.of(view)
+    made, state = plan(view, knobs), State.of(view)
     state.apply(made)
     for target in view.tiers:
         promoted = [m for m in made.moves if m.kind == "promote" and m.target == target.index]
@@ -476,18 +495,18 @@ def test_promotions_keep_within_budget_and_below_the_high_watermark(
             assert state.used(target.index) <= target.high_bytes
 
 
-@given(snapshots(), settings_strategy)
+@given(snapshots(), policy_settings)
 def test_what_comes_up_is_hot_and_hotter_than_what_leaves_for_it(
-    view: Snapshot, settings: PolicySettings
+    view: Snapshot, knobs: PolicySettings
 ) -> None:
-    made, blocks = plan(view, settings), State.of(view).blocks
+    made, blocks = plan(view, knobs), State.of(view).blocks
     online = {t.index for t in view.tiers if t.online}
-    margin_s = HALF_LIFE_S * math.log2(settings.hysteresis)
+    margin_s = HALF_LIFE_S * math.log2(knobs.hysteresis)
     for move in made.moves:
         if move.kind != "promote" or move.target is None:
             continue
         hot = blocks[move.inode]
-        assert heat_at(hot.tau, view.now, view.half_life_s) >= settings.promote_heat
+        assert heat_at(hot.tau, view.now, view.half_life_s) >= knobs.promote_heat
         assert move.target < move.source == min(online.intersection(hot.tiers))
         for other in made.moves:
             cold = blocks[other.inode]
@@ -496,9 +515,9 @@ def test_what_comes_up_is_hot_and_hotter_than_what_leaves_for_it(
                 assert hot.tau - cold.tau >= margin_s
 
 
-@given(snapshots(), settings_strategy, st.integers(-(10**8), 10**8))
+@given(snapshots(), policy_settings, st.integers(-(10**8), 10**8))
 def test_a_plan_is_invariant_under_time_shift(
-    view: Snapshot, settings: PolicySettings, shift_s: int
+    view: Snapshot, knobs: PolicySettings, shift_s: int
 ) -> None:
     def shifted(residents: tuple[tuple[BlockView, ...], ...]) -> tuple[tuple[BlockView, ...], ...]:
         return tuple(tuple(replace(b, tau=b.tau + shift_s) for b in r) for r in residents)
@@ -509,9 +528,10 @@ def test_a_plan_is_invariant_under_time_shift(
         coldest=shifted(view.coldest),
         hottest=shifted(view.hottest),
     )
-    assert plan(later, settings) == plan(view, settings)
+    assert plan(later, knobs) == plan(view, knobs)
 
 
+@settings(max_examples=400)
 @given(roomy_snapshots(replicas=1))
 def test_a_plan_ends_below_the_low_watermark_when_it_can(view: Snapshot) -> None:
     state = State.of(view)
@@ -534,12 +554,12 @@ def test_a_tier_stays_full_only_if_all_its_blocks_are_moved_already(view: Snapsh
             assert all(b.inode in named for b in stays)
 
 
-@given(roomy_snapshots(replicas=4), settings_strategy)
+@given(roomy_snapshots(replicas=4), policy_settings)
 def test_with_promotions_every_tier_with_a_movable_block_ends_below_the_high_watermark(
-    view: Snapshot, settings: PolicySettings
+    view: Snapshot, knobs: PolicySettings
 ) -> None:
     state = State.of(view)
-    made = plan(view, replace(settings, on_full="evict", max_moves=1000))
+    made = plan(view, replace(knobs, on_full="evict", max_moves=1000))
     state.apply(made)
     named = {move.inode for move in made.moves}
     for before in view.tiers:
@@ -548,10 +568,10 @@ def test_with_promotions_every_tier_with_a_movable_block_ends_below_the_high_wat
             assert all(b.inode in named for b in stays)
 
 
-@given(snapshots(), settings_strategy)
-def test_every_block_can_be_explained_in_one_line(view: Snapshot, settings: PolicySettings) -> None:
+@given(snapshots(), policy_settings)
+def test_every_block_can_be_explained_in_one_line(view: Snapshot, knobs: PolicySettings) -> None:
     for subject in list(State.of(view).blocks.values())[:3]:
-        sentence = explain(subject, view, settings)
+        sentence = explain(subject, view, knobs)
         assert sentence
         assert "\n" not in sentence
         assert "nan" not in sentence

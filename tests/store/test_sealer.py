@@ -1,0 +1,315 @@
+"""Sealing: who is still a writer, what a record is worth, what is not committed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvfs import sealer
+from kvfs.catalog import BlockState
+from kvfs.seal import Seal, checksum_of, decode_seal, no_writer_left
+from kvfs.tier import Tier
+from tests.store.helpers import (
+    Workbench,
+    assert_consistent,
+    create,
+    file_on,
+    move,
+    put,
+    read,
+    rename,
+    rewrite,
+    row_at,
+    seal_all,
+    unlink,
+)
+
+unsigned32 = st.integers(0, 2**32 - 1)
+unsigned64 = st.integers(0, 2**64 - 1)
+seals = st.builds(
+    Seal, unsigned64, unsigned64, unsigned64, st.binary(min_size=16, max_size=16), unsigned32,
+    unsigned32, unsigned32, st.integers(-(2**63), 2**63 - 1), st.integers(0, 255),
+)  # fmt: skip
+
+
+# --- records
+
+
+@given(seals)
+def test_a_record_is_read_as_it_was_written(seal: Seal) -> None:
+    assert decode_seal(seal.encode()) == seal
+    assert len(seal.encode()) <= 128
+
+
+@given(seals, st.data())
+def test_a_torn_record_is_none(seal: Seal, data: st.DataObject) -> None:
+    record = seal.encode()
+    assert decode_seal(record[: data.draw(st.integers(0, len(record) - 1))]) is None
+    assert decode_seal(record + b"\0") is None
+
+
+@given(seals, st.data())
+def test_a_rotten_record_is_none(seal: Seal, data: st.DataObject) -> None:
+    record = bytearray(seal.encode())
+    record[data.draw(st.integers(0, len(record) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert decode_seal(bytes(record)) is None
+
+
+@given(seals, unsigned64)
+def test_another_generation_is_the_same_content(seal: Seal, generation: int) -> None:
+    later = seal.at_generation(generation)
+    assert later.generation == generation
+    assert later.at_generation(seal.generation) == seal
+
+
+# --- the lease probe
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file that nobody has open."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8192))
+    return path
+
+
+def probe(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return no_writer_left(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_APPEND])
+def test_an_open_writer_is_seen(file: Path, flags: int) -> None:
+    writer = os.open(file, flags)
+    assert not probe(file)
+    os.close(writer)
+    assert probe(file)
+
+
+def test_a_shared_mapping_is_seen_after_its_descriptor_is_closed(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDWR)
+    mapping = mmap.mmap(descriptor, 8192)
+    os.close(descriptor)
+    assert not probe(file)
+    mapping.close()
+    assert probe(file)
+
+
+def test_readers_are_no_writers(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    mapping = mmap.mmap(descriptor, 8192, prot=mmap.PROT_READ)
+    assert probe(file)
+    mapping.close()
+    os.close(descriptor)
+
+
+# --- sealing
+
+
+async def test_a_block_is_not_sealed_while_its_file_can_be_written(bench: Workbench) -> None:
+    store = await bench.start()
+    block = await create(store, b"a", b"data")
+    writer = os.open(file_on(store, "nvme", b"a"), os.O_WRONLY)
+    await store.blocks.close(block, writer=True)
+    assert await store.sealer.seal_pending() == {block.inode}
+    assert row_at(store, b"a").state == BlockState.WRITING
+    os.pwrite(writer, b"DATA", 0)
+    os.close(writer)
+    store.volume.request_seal(block.inode)
+    await seal_all(store)
+    assert await read(store, b"a") == b"DATA"
+    await assert_consistent(store)
+
+
+async def test_a_block_is_not_sealed_while_a_shared_mapping_lives(bench: Workbench) -> None:
+    store = await bench.start()
+    block = await create(store, b"a", bytes(4096))
+    descriptor = os.open(file_on(store, "nvme", b"a"), os.O_RDWR)
+    mapping = mmap.mmap(descriptor, 4096)
+    os.close(descriptor)
+    await store.blocks.close(block, writer=True)
+    assert await store.sealer.seal_pending() == {block.inode}
+    mapping[:4] = b"late"
+    mapping.close()
+    store.volume.request_seal(block.inode)
+    await seal_all(store)
+    assert (await read(store, b"a")).startswith(b"late")
+    await assert_consistent(store)
+
+
+async def test_the_checksum_is_of_the_content(bench: Workbench) -> None:
+    store = await bench.start()
+    await put(store, b"a", b"data" * 1_000_000)
+    with file_on(store, "nvme", b"a").open("rb") as file:
+        assert checksum_of(file.fileno()) == row_at(store, b"a").checksum
+        assert checksum_of(file.fileno(), past_page_cache=True) == row_at(store, b"a").checksum
+
+
+async def test_a_batch_is_sealed_and_what_is_gone_is_left_out(bench: Workbench) -> None:
+    store = await bench.start()
+    for number in range(sealer.BATCH_BLOCKS + 10):
+        block = await create(store, b"d/%d" % number, b"%d" % number)
+        await store.blocks.close(block, writer=True)
+    await unlink(store, b"d/3")
+    await seal_all(store)
+    assert store.volume.counters.events["seals"] == sealer.BATCH_BLOCKS + 9
+    await assert_consistent(store)
+
+
+async def test_a_scan_finds_what_nobody_asked_for(bench: Workbench) -> None:
+    store = await bench.start()
+    block = await create(store, b"a", b"data")
+    await store.blocks.close(block, writer=True)
+    store.volume.to_seal.clear()
+    store.sealer.scan()
+    await seal_all(store)
+    assert row_at(store, b"a").state == BlockState.SEALED
+    store.sealer.scan()
+    assert not store.volume.to_seal
+
+
+async def test_the_service_seals_by_itself_and_tries_again(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealer, "RETRY_S", 0.01)
+    store = await bench.start()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.sealer.run)
+        block = await create(store, b"a", b"data")
+        writer = os.open(file_on(store, "nvme", b"a"), os.O_WRONLY)
+        await store.blocks.close(block, writer=True)
+        await trio.sleep(0.05)
+        assert row_at(store, b"a").state == BlockState.WRITING
+        os.close(writer)
+        with trio.fail_after(20):
+            while row_at(store, b"a").state != BlockState.SEALED:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    await assert_consistent(store)
+
+
+# --- what happens while a worker hashes
+
+
+def during_sealing(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[], Awaitable[object]]
+) -> None:
+    """Run `change` on the loop after the files were sealed and before the loop commits."""
+    real = sealer.seal_files
+
+    def seal_then_change(tier: Tier, jobs: list[sealer.Job]) -> list[sealer.Sealed]:
+        results = real(tier, jobs)
+        monkeypatch.undo()
+
+        async def call() -> None:
+            await change()
+
+        trio.from_thread.run(call)
+        return results
+
+    monkeypatch.setattr(sealer, "seal_files", seal_then_change)
+
+
+async def test_a_generation_that_changes_meanwhile_is_not_committed(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await bench.start()
+    block = await create(store, b"a.tmp", b"data")
+    await store.blocks.close(block, writer=True)
+    during_sealing(monkeypatch, lambda: rename(store, b"a.tmp", b"a"))
+    again = await store.sealer.seal_pending()
+    assert again == {block.inode}
+    row = row_at(store, b"a")
+    assert (row.state, row.generation, row.checksum) == (BlockState.PUBLISHED, 2, None)
+    store.volume.request_seal(block.inode)
+    await seal_all(store)
+    await assert_consistent(store)
+
+
+async def test_a_writer_that_comes_meanwhile_prevents_the_commit(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await bench.start()
+    inode = await put(store, b"a", b"0123456789")
+    await rewrite(store, b"a", b"X")
+    during_sealing(monkeypatch, lambda: store.blocks.open_writer(inode))
+    again = await store.sealer.seal_pending()
+    assert again == {inode}
+    assert row_at(store, b"a").state == BlockState.REOPENED
+    block = store.replicas.open_blocks[inode]
+    await store.blocks.write(block, 1, b"Y")
+    await store.blocks.close(block, writer=True)
+    await seal_all(store)
+    assert await read(store, b"a") == b"XY23456789"
+    await assert_consistent(store)
+
+
+async def test_a_block_that_is_unlinked_meanwhile_stays_gone(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await bench.start()
+    block = await create(store, b"a", b"data")
+    await store.blocks.close(block, writer=True)
+    during_sealing(monkeypatch, lambda: unlink(store, b"a"))
+    assert await store.sealer.seal_pending() == set()
+    await assert_consistent(store)
+
+
+async def test_content_that_changes_while_it_is_hashed_is_hashed_again(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await bench.start()
+    block = await create(store, b"a", b"data")
+    await store.blocks.close(block, writer=True)
+
+    def hash_and_change(descriptor: int) -> bytes:
+        checksum = checksum_of(descriptor)
+        file_on(store, "nvme", b"a").write_bytes(b"DATA+")
+        return checksum
+
+    monkeypatch.setattr(sealer, "checksum_of", hash_and_change)
+    assert await store.sealer.seal_pending() == {block.inode}
+    monkeypatch.undo()
+    store.volume.request_seal(block.inode)
+    await seal_all(store)
+    assert await read(store, b"a") == b"DATA+"
+    await assert_consistent(store)
+
+
+@pytest.mark.parametrize("tier", ["hdd", "remote"])
+async def test_blocks_on_slower_tiers_are_sealed_there(bench: Workbench, tier: str) -> None:
+    store = await bench.start()
+    await put(store, b"a", b"0123456789")
+    await move(store, "demote", b"a", "nvme", tier)
+    await rewrite(store, b"a", b"X")
+    await seal_all(store)
+    assert await read(store, b"a") == b"X123456789"
+    await assert_consistent(store)
+
+
+async def test_a_tier_without_xattrs_has_records_beside(bench: Workbench) -> None:
+    bench.without_xattrs("nvme", "hdd")
+    store = await bench.start()
+    await put(store, b"d/a", b"data")
+    await put(store, b"d/b", b"more data")
+    await move(store, "demote", b"d/a", "nvme", "hdd")
+    await rewrite(store, b"d/b", b"MORE")
+    await seal_all(store)
+    await rename(store, b"d/a", b"d/c")
+    await assert_consistent(store)
+    bench.stop(store)
+    bench.lose_catalog()
+    store = await bench.start()
+    assert await read(store, b"d/c") == b"data"
+    assert await read(store, b"d/b") == b"MORE data"
+    await assert_consistent(store)
