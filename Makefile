@@ -25,8 +25,8 @@ lint: setup ## ruff and the import contracts
 type: setup ## mypy --strict
 	$(PYTHON) -m mypy
 
-bench: setup ## speed as ratios to a raw directory on the same disk
-	$(PYTHON) -m kvfs.tools.bench
+bench: setup ## speed as ratios to a raw directory on the same disk (ARGS=--quick, ARGS=--scale)
+	$(PYTHON) -m kvfs.tools.bench $(ARGS)
 
 engine-demo: setup ## stock vLLM stores and loads its blocks through a mount (6 GB, minutes)
 	$(PYTHON) -m kvfs.tools.engine_demo

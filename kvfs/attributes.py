@@ -101,8 +101,10 @@ class Attributes:
 
     async def _set_columns(self, number: int, columns: dict[str, Any]) -> None:
         block = self.replicas.open_blocks.get(number)
-        if block is not None and "mtime_ns" in columns:
-            block.mtime_ns = columns["mtime_ns"]
+        if "mtime_ns" in columns:
+            self.namespace.directory_times_set(number)
+            if block is not None:
+                block.mtime_ns = columns["mtime_ns"]
         if block is not None and block.orphan is not None:
             block.orphan = block.orphan._replace(**columns)
             return

@@ -434,8 +434,11 @@ class Blocks:
         volume = self.volume
         allocated = status.st_blocks * 512
         columns = {"size_bytes": status.st_size}
-        if block.written:
-            columns |= {"mtime_ns": block.mtime_ns, "ctime_ns": block.mtime_ns}
+        row = volume.catalog.get(block.inode)
+        if block.written and row is not None:
+            # The mtime may have been set to an older one since.
+            ctime_ns = max(row.ctime_ns, block.mtime_ns)
+            columns |= {"mtime_ns": block.mtime_ns, "ctime_ns": ctime_ns}
         with volume.catalog.transaction():
             volume.catalog.update(block.inode, **columns)
             volume.catalog.set_allocated(block.inode, block.tier.number, allocated)

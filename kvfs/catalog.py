@@ -181,11 +181,12 @@ class Catalog:
             for (inode,) in lost:
                 self._delete_rows(inode)
 
-    def sole_replicas(self, number: int) -> int:
-        """How many blocks live on this tier only."""
+    def sole_replicas(self, number: int, leaving: Iterable[int] = ()) -> int:
+        """How many blocks of this tier would be gone with it and with the others that leave."""
+        gone = ",".join(str(int(tier)) for tier in {number, *leaving})
         row = self._db.execute(
-            "SELECT count(*) FROM replica r WHERE tier = ? AND NOT EXISTS"
-            " (SELECT 1 FROM replica o WHERE o.inode = r.inode AND o.tier != r.tier)",
+            "SELECT count(*) FROM replica r WHERE tier = ? AND NOT EXISTS (SELECT 1"
+            f" FROM replica o WHERE o.inode = r.inode AND o.tier NOT IN ({gone}))",
             (number,),
         ).fetchone()
         return int(row[0])
@@ -538,12 +539,14 @@ class Catalog:
 def open_catalog(path: Path) -> tuple[Catalog, Path | None]:
     """Open, or set a corrupt one aside and begin anew; the path of what was set aside.
 
-    Raises CatalogError when the schema is newer than this kvfs.
+    Raises CatalogError when the schema is newer than this kvfs, or the disk is full, say.
     """
     try:
         return Catalog(path), None
     except CatalogError:
         raise
+    except sqlite3.OperationalError as error:
+        raise CatalogError(f"the catalog {path} cannot be opened: {error}") from None
     except sqlite3.DatabaseError:
         aside = path.with_suffix(".corrupt")
         for suffix in ("", "-wal", "-shm"):

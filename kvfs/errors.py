@@ -11,10 +11,10 @@ Exit codes of the command (documented in docs/OPERATIONS.md):
 2   wrong use: unknown option, bad argument (also what typer uses)
 3   the configuration is wrong
 4   a tier is wrong: missing, foreign, overlapping, too small
-5   the mountpoint is wrong: not empty, a file, busy, not a kvfs mount
+5   the mountpoint is wrong: not empty, a file, busy; or the path is in no kvfs mount
 6   no daemon answers
 7   the catalog cannot be used
-8   no such block, or the path is outside the mount
+8   no such block or directory
 9   not permitted
 ==  =====================================================================
 """

@@ -45,6 +45,12 @@ TIER_COUNTERS = (
     "moved_in_bytes", "moved_out_bytes",
 )  # fmt: skip
 
+# Shown as 0 from the start: a rule of Prometheus does not see the first step of a new counter.
+ALARMING_EVENTS = (
+    "checksum_mismatches", "quarantined", "replicas_lost", "refused_full", "handler_failures",
+    "moves_failed",
+)  # fmt: skip
+
 
 class _Statistics:
     """A collector over one statistics document."""
@@ -75,7 +81,8 @@ class _Statistics:
                 counter.add_metric([tier["name"]], tier[name])
             yield counter
         events = CounterMetricFamily("kvfs_events", "events since mount", labels=["event"])
-        for event, count in sorted(document["counters"].items()):
+        counts = dict.fromkeys(ALARMING_EVENTS, 0) | document["counters"]
+        for event, count in sorted(counts.items()):
             events.add_metric([event], count)
         yield events
 

@@ -68,6 +68,10 @@ class Namespace:
         """Its times, written to the catalog with the next flush."""
         self._changed_ns[directory] = int(self.volume.clock.now_s() * 1e9)
 
+    def directory_times_set(self, directory: int) -> None:
+        """Somebody chose its times: those of its last change are no longer to be written."""
+        self._changed_ns.pop(directory, None)
+
     def take_directory_times(self) -> list[tuple[int, int]]:
         """What the flush writes."""
         changed = list(self._changed_ns.items())

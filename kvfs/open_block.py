@@ -66,7 +66,9 @@ class OpenBlock:
         if not self.written:
             return inode
         return inode._replace(
-            size_bytes=self.size_bytes, mtime_ns=self.mtime_ns, ctime_ns=self.mtime_ns
+            size_bytes=self.size_bytes,
+            mtime_ns=self.mtime_ns,
+            ctime_ns=max(inode.ctime_ns, self.mtime_ns),
         )
 
     def hold(self, space: TierSpace) -> None:

@@ -323,7 +323,7 @@ class _Planner:
     def relieve(self, tier: int) -> None:
         """From above the high watermark to the low one, as far as blocks may leave."""
         view = self.tiers[tier]
-        # A tier that made room for arrivals may be below the watermark by now: it is still relieved.
+        # Making room for arrivals may have brought it below the watermark: it is still relieved.
         used_bytes = max(view.used_bytes, self.used_bytes[tier])
         if used_bytes <= view.high_bytes:
             return
@@ -408,12 +408,10 @@ class _Planner:
 
     def _candidates(self) -> Iterator[BlockView]:
         lists = (self.snapshot.hottest[tier] for tier in self.online)
-        seen: set[int] = set()
         for block in heapq.merge(*lists, key=lambda block: -block.tau):
             if block.tau == never or self._heat(block) < self.settings.promote_heat:
                 return
-            if block.inode not in seen and block.inode not in self.taken and _may_move(block):
-                seen.add(block.inode)
+            if block.inode not in self.taken and _may_move(block):
                 yield block
 
     def _promote(self, block: BlockView, source: int) -> None:

@@ -125,7 +125,8 @@ class Recovery:
             self._discard(inode, path, "discarded_published")
             return
         if not self.volume.same_boot:
-            log.warning("%r was not sealed before the machine stopped: quarantined", path)
+            shown = os.fsdecode(path)
+            log.warning("%r was not sealed before the machine stopped: quarantined", shown)
             await tier.run(tier.quarantine, path, bool(replica.fanned))
             self._discard(inode, path, "discarded_published")
             return
@@ -203,10 +204,9 @@ class Recovery:
         return await tier.run(check)
 
     def _revive(self, inode: Inode, path: bytes, rewritten: list[Replica]) -> None:
-        self.replicas.forget_replicas(inode.id, path, rewritten)
-        with self.volume.catalog.transaction():
-            self.volume.catalog.update(inode.id, state=int(BlockState.SEALED))
-            self.volume.catalog.set_replica_states(inode.id, GOOD, besides=-1)
+        self.replicas.forget_replicas(
+            inode.id, path, rewritten, state=int(BlockState.SEALED), size_bytes=inode.size_bytes
+        )
 
     def _discard(self, inode: Inode, path: bytes, event: str) -> None:
         self.replicas.remove_block(inode, path)
@@ -323,7 +323,8 @@ class Recovery:
         catalog = self.volume.catalog
         for name, value in found.xattrs:
             if name == PIN:
-                catalog.update(number, pin=value.decode("ascii", "replace"))
+                pin = value.decode("ascii", "replace").strip()
+                catalog.update(number, pin=None if pin in ("", "0") else pin)
             elif name == TTL:
                 with contextlib.suppress(KvfsError):
                     catalog.update(number, ttl_s=parse_ttl(value))
@@ -349,7 +350,8 @@ class Recovery:
             else:
                 aside = await tier.run(tier.quarantine, found.path, found.fanned)
                 self.volume.counters.count("quarantined")
-                log.warning("%r is %s: now %r", found.path, verdict.value, aside)
+                shown = os.fsdecode(found.path)
+                log.warning("%r is %s: now %s", shown, verdict.value, os.fsdecode(aside))
 
     def _ensure_directory(self, path: bytes, status: os.stat_result | None) -> int:
         """The inode of a directory, made with all above it when the catalog lacks it."""

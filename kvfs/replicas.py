@@ -12,7 +12,9 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
+import trio
 import xxhash
 
 from kvfs import heat, layout, scans
@@ -27,7 +29,8 @@ log = logging.getLogger(__name__)
 
 # How many cold residents are looked at when a writer finds every tier full.
 EMERGENCY_CANDIDATES = 512
-ROOM_ATTEMPTS = 8
+ROOM_ATTEMPTS = 16
+ROOM_RETRY_S = 0.05
 
 
 def ghost_key(path: bytes) -> bytes:
@@ -82,12 +85,13 @@ class Replicas:
             last = candidates[-1]
             wanted = max(at_least_bytes, volume.space.expected_bytes(last.index, *keys))
             for _ in range(ROOM_ATTEMPTS):
-                if not await self.make_room(last, wanted):
-                    break
-                # Another writer may have taken the room while the files were removed.
-                reservation = volume.space.reserve(last.index, wanted)
-                if reservation is not None:
-                    return last, reservation
+                if await self.make_room(last, wanted):
+                    # Another writer may have taken the room while the files were removed.
+                    reservation = volume.space.reserve(last.index, wanted)
+                    if reservation is not None:
+                        return last, reservation
+                # What is being sealed or moved now can go in a moment.
+                await trio.sleep(ROOM_RETRY_S)
         volume.counters.count("refused_full")
         raise TierFull("every tier is full")
 
@@ -193,14 +197,22 @@ class Replicas:
         self._promised_bytes[tier.number] += allocated_bytes
         self.volume.space[tier.index].held_bytes += allocated_bytes
 
-    def forget_replicas(self, inode: int, path: bytes, gone: list[Replica]) -> dict[int, int]:
-        """Some replicas of a block that keeps another are no more; tier number -> intent."""
+    def forget_replicas(
+        self, inode: int, path: bytes, gone: list[Replica], **columns: Any
+    ) -> dict[int, int]:
+        """Some replicas of a block are no more, and what it keeps is good; tier number -> intent.
+
+        `columns` of the inode change with it.
+        """
         volume = self.volume
         rest = volume.catalog.replicas(inode)
         with volume.catalog.transaction():
             promised = self.promise_removal(inode, path, gone, inline_too=True)
             for replica in gone:
                 volume.catalog.drop_replica(inode, replica.tier)
+            volume.catalog.set_replica_states(inode, GOOD, besides=-1)
+            if columns:
+                volume.catalog.update(inode, **columns)
         block = self.open_blocks.get(inode)
         for replica in gone:
             rest.remove(replica)
@@ -319,16 +331,17 @@ class Replicas:
                 await tier.run(_remove_stored, tier, intent.path)
             return
         assert intent.target is not None
-        target, _ = layout.logical_path(intent.target)
-        if catalog.path_of(intent.inode) != target:
+        # In order, also when the block has yet another name by now: the next intent starts there.
+        if catalog.replica_at(tier.number, intent.path) is not None:
             return
-        inode = catalog.get(intent.inode)
-        assert inode is not None
+        if catalog.replica_at(tier.number, intent.target) not in (None, intent.inode):
+            return
         try:
             await tier.run(_rename_stored, tier, intent.path, intent.target)
         except FileNotFoundError:
             return
-        if inode.kind == Kind.BLOCK and inode.state == BlockState.SEALED:
+        inode = catalog.get(intent.inode)
+        if inode and inode.kind == Kind.BLOCK and inode.state == BlockState.SEALED:
             await tier.run(_raise_generation, tier, intent.target, inode.generation)
 
 

@@ -262,10 +262,10 @@ def expired(db: sqlite3.Connection, now_ns: int, limit: int) -> list[int]:
 
 
 def forgotten_temporaries(db: sqlite3.Connection, before_ns: int, limit: int) -> list[int]:
-    """`*.tmp` blocks that nobody wrote since `before_ns`."""
+    """`*.tmp` blocks that nobody wrote since `before_ns`, whatever mtime a copy gave them."""
     rows = db.execute(
         "SELECT i.id FROM dirent d JOIN inode i ON i.id = d.inode"
-        " WHERE substr(d.name, -4) = X'2E746D70' AND i.kind = 1 AND i.mtime_ns < ? LIMIT ?",
+        " WHERE substr(d.name, -4) = X'2E746D70' AND i.kind = 1 AND i.ctime_ns < ? LIMIT ?",
         (before_ns, limit),
     )
     return [row[0] for row in rows]

@@ -34,6 +34,7 @@ from kvfs.tier import (
     read_identity,
     write_identity,
 )
+from kvfs.units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -185,8 +186,8 @@ def _check_capacity(tier: TierConfig) -> None:
     size_bytes = status.f_blocks * status.f_frsize
     if size_bytes and tier.capacity_bytes > size_bytes:
         raise TierError(
-            f"tier {tier.name}: capacity {tier.capacity_bytes} is above the {size_bytes} bytes of "
-            f"the filesystem at {tier.path}; is its disk mounted?"
+            f"tier {tier.name}: capacity {format_size(tier.capacity_bytes)} is above the "
+            f"{format_size(size_bytes)} of the filesystem at {tier.path}; is its disk mounted?"
         )
 
 
@@ -268,15 +269,17 @@ def _identity_of_missing(
 
 
 def _forget_absent(catalog: Catalog, present: set[int], forget: tuple[str, ...]) -> None:
-    for number, _, name, path in catalog.known_tiers():
-        if number in present:
-            continue
-        alone = catalog.sole_replicas(number)
+    absent = [known for known in catalog.known_tiers() if known[0] not in present]
+    leaving = [number for number, *_ in absent]
+    for number, _, name, path in absent:
+        alone = catalog.sole_replicas(number, leaving)
         if alone and name not in forget:
             raise TierError(
                 f"the configuration lacks tier {name} ({path}), which holds the only replica of "
                 f"{alone} blocks; add it again, or give them up with --forget-tier {name}"
             )
+    for number, _, name, path in absent:
+        alone = catalog.sole_replicas(number)
         log.warning("tier %s (%s) is forgotten; %d blocks were only there", name, path, alone)
         catalog.forget_tier(number)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import sys
 
+from kvfs.errors import KvfsError
 from kvfs.mount.daemon import run
 from kvfs.mount.session import refusal_of
+
+log = logging.getLogger("kvfs.mount.background")
 
 
 def main() -> int:
@@ -25,6 +29,10 @@ def main() -> int:
 
     try:
         return run(mountpoint, config, forget_tiers, on_ready=lambda: tell(b"ready"))
+    except KvfsError as error:
+        tell(refusal_of(error))
+        log.error("ended: %s", error)
+        return error.exit_code
     except BaseException as error:
         tell(refusal_of(error))
         raise

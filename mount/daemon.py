@@ -6,6 +6,8 @@ the mount is detached, what can be flushed is flushed, and the catalog is closed
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -41,6 +43,10 @@ READ_AHEAD_KIB = 1024
 FINAL_FLUSH_S = 60.0
 # Enough for the 1 MiB requests of many readers; what is above waits in the kernel.
 MAX_FUSE_TASKS = 64
+# mallopt(3): keep freed memory up to here, and take no mapping of its own for a 1 MiB answer.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 64 << 20
+MAPPED_FROM_BYTES = 32 << 20
 
 
 def run(
@@ -50,6 +56,7 @@ def run(
     """Serve until unmounted. Raises KvfsError when it cannot start; the exit status otherwise."""
     set_up_logging(config.mount.log_level)
     ignore_lease_breaks()
+    keep_freed_memory()
     trio.run(Daemon(mountpoint, config, forget_tiers, on_ready).serve)
     return 0
 
@@ -221,6 +228,15 @@ class Daemon:
         finally:
             self.volume.close(clean=clean)
             log.info("stopped")
+
+
+def keep_freed_memory() -> None:
+    """Every read allocates 1 MiB: given back each time, its pages fault in anew each time."""
+    # Another libc than glibc has no mallopt, and nothing to tune.
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def raise_read_ahead(mountpoint: Path) -> None:

@@ -86,6 +86,9 @@ class Handles:
         rest = length - size
         if not 0 < rest <= AHEAD_BLOCK_BYTES or self._ahead_bytes + rest > AHEAD_TOTAL_BYTES:
             return await self._blocks.read(block, 0, size)
+        if block.local:
+            # The whole block in few large requests to the medium, instead of a window at a time.
+            os.posix_fadvise(block.descriptor, 0, length, os.POSIX_FADV_WILLNEED)
         async with handle.lock:
             first = await self._blocks.read(block, 0, size)
             self._set_ahead(handle, await self._blocks.read(block, size, rest), size)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,10 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
         log_file, forget = _read_options(",".join(parsed.options))
         if not parsed.f:
             mount_background(
-                parsed.mountpoint.absolute(), load_config(parsed.config.absolute()),
+                Path(os.path.realpath(parsed.mountpoint)), load_config(parsed.config.absolute()),
                 forget_tiers=forget, log_file=log_file,
             )  # fmt: skip
-    except KvfsError as error:
+    except (KvfsError, OSError) as error:
         print(f"mount.kvfs: {error}", file=sys.stderr)
         return exit_code_of(error)
     return 0

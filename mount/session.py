@@ -155,6 +155,8 @@ def _unmount_once(mountpoint: Path, force: bool) -> None:
     if os.geteuid() != 0:
         command = [shutil.which("fusermount3") or "fusermount3", "-uz" if force else "-u"]
         done = subprocess.run([*command, mountpoint], check=False, capture_output=True, text=True)
+        if "not found in /etc/mtab" in done.stderr:
+            raise NotPermitted(f"{mountpoint}: only root and who mounted it may unmount it")
         if done.returncode:
             raise MountpointError(f"{mountpoint}: {done.stderr.strip()}")
         return
@@ -183,7 +185,8 @@ def _wait_for_end(pid: int, timeout_s: float, mountpoint: Path) -> None:
         if not Path(f"/proc/{pid}").exists() or _is_zombie(pid):
             return
     raise MountpointError(
-        f"{mountpoint}: unmounted, but the daemon (pid {pid}) is still ending after {timeout_s:g} s"
+        f"{mountpoint}: unmounted, but after {timeout_s:g} s the daemon (pid {pid}) still serves "
+        f"open files or writes; it ends with them, or at once with `kill {pid}`"
     )
 
 

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 MIN_INTERVAL_S = 0.05
 BURST_S = 1.0
 MIN_BURST_BYTES = 64 << 20
+# A block whose move failed (its bytes are not what was sealed, say) is left alone for a while.
+RETRY_FAILED_S = 300.0
+FAILED_REMEMBERED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +43,13 @@ class Tiering:
         self.views = views
         self._budgets: dict[int, Budget] = {}
         self._daily: dict[int, DailyBudget] = {}
+        self._failed_at_s: dict[int, float] = {}
         self.reconfigure()
 
     def reconfigure(self) -> None:
         """Take budgets from the configuration (again)."""
         config = self.store.volume.config
+        self._daily.clear()
         for tier in self.store.volume.tiers:
             rate = config.tiering.promote_bandwidth_of(tier.config)
             burst = max(int(rate * BURST_S), MIN_BURST_BYTES)
@@ -111,11 +116,17 @@ class Tiering:
             counters.count("moves_overtaken")
         except (BlockCorrupt, TierOffline, OSError) as error:
             counters.count("moves_failed")
+            self._remember_failed(move.inode)
             path = self.store.volume.catalog.path_of(move.inode)
             log.error("%s of %r failed: %s", move.kind, os.fsdecode(path or b"?"), error)
         else:
             if move.kind == "promote" and move.target is not None:
                 self._spend(move.target, moved)
+
+    def _remember_failed(self, inode: int) -> None:
+        if len(self._failed_at_s) >= FAILED_REMEMBERED:
+            del self._failed_at_s[next(iter(self._failed_at_s))]
+        self._failed_at_s[inode] = trio.current_time()
 
     def _spend(self, index: int, moved_bytes: int) -> None:
         now_s = self.store.volume.clock.now_s()
@@ -129,6 +140,9 @@ class Tiering:
         inode = volume.catalog.get(move.inode)
         entry = volume.catalog.entry(move.inode)
         if inode is None or entry is None or inode.pin is not None:
+            return False
+        failed_at_s = self._failed_at_s.get(move.inode)
+        if failed_at_s is not None and trio.current_time() - failed_at_s < RETRY_FAILED_S:
             return False
         if store.replicas.pinned_by_directory(entry[0]):
             return False

@@ -343,9 +343,9 @@ class Verbs:
         """Give every block of a tier a replica elsewhere, then drop it there. Resumable."""
         self._require_owner(peer)
         tier = self.store.volume.tier_named(args["name"])
-        others = [t for t in self.store.volume.tiers if t is not tier and t.online]
+        others = [t for t in self.store.volume.tiers if t is not tier and t.accepts]
         if not others:
-            raise UsageError(f"{tier.name} is the only tier: there is nowhere to drain it to")
+            raise UsageError(f"no tier but {tier.name} takes blocks: it cannot be drained")
         async with self._draining:
             outcome = await self._drain(tier, others, report)
         remaining = self.store.volume.space[tier.index].blocks

@@ -121,7 +121,7 @@ class MountedKvfs:
         """SIGKILL the daemon and wait until it is gone; the mount is dead then."""
         pid = int(self.status()["pid"])
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid), "daemon gone")
+        wait_until(lambda: has_ended(pid), "daemon gone")
 
     def check_log(self, expected: list[str]) -> None:
         """Fail on a warning, error or traceback in the daemon's log that was not expected."""
@@ -129,6 +129,11 @@ class MountedKvfs:
         bad = [line for line in lines if re.search(r" (WARNING|ERROR|CRITICAL) |Traceback", line)]
         bad = [line for line in bad if not any(re.search(pattern, line) for pattern in expected)]
         assert not bad, "\n".join(bad)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone; one that nobody waits for stays as a zombie."""
+    return not Path(f"/proc/{pid}").exists() or _is_zombie(pid)
 
 
 def _is_zombie(pid: int) -> bool:

@@ -12,7 +12,7 @@ import platform
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +29,6 @@ from kvfs.tools.bench_mounts import (
     Target,
     kvfs_mount,
     peer_mount,
-    process_cpu_s,
     scratch_directory,
 )
 from kvfs.tools.bench_report import (
@@ -46,7 +45,7 @@ from kvfs.units import format_size
 
 KIB, MIB = 1 << 10, 1 << 20
 LARGE, SMALL = 2 * MIB, 64 * KIB
-LARGE_BLOCKS, SMALL_BLOCKS = 48, 768
+LARGE_BLOCKS, SMALL_BLOCKS = 48, 512
 CALLS = 2048
 ROUNDS, QUICK_ROUNDS = 5, 2
 MANY = 8
@@ -212,13 +211,12 @@ def targets_below(root: Path, say: Callable[[str], None]) -> Iterator[list[Targe
 
 def machine_facts(root: Path) -> dict[str, Any]:
     """What a reader must know of the machine to judge the figures."""
-    load_before = os.getloadavg()[0]
     return {
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "filesystem": filesystem_of(root),
-        "load": round(load_before, 2),
+        "load_before": round(os.getloadavg()[0], 2),
     }
 
 
@@ -229,23 +227,19 @@ def filesystem_of(path: Path) -> str:
     return max(covering)[1]
 
 
-def run_bench(scratch: Path | None, rounds: int, *, quick: bool, console: Console) -> tuple[
-    list[Samples], dict[str, Any]
-]:  # fmt: skip
-    """One interleaved run in a scratch directory."""
+def run_bench(
+    scratch: Path | None, rounds: int, *, quick: bool, console: Console
+) -> tuple[list[Samples], dict[str, Any]]:
+    """One interleaved run in a scratch directory, and the facts that belong to it."""
     rows = operations(quick=quick)
-
-    def say(text: str) -> None:
-        console.print(text)
-
     columns = (BarColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with (
         Workers(MANY) as workers,
         scratch_directory(scratch) as root,
-        targets_below(root, say) as targets,
+        targets_below(root, console.print) as targets,
         Progress(*columns, console=console, disable=not console.is_terminal) as bar,
     ):
-        facts = machine_facts(root)
+        facts = {"rounds": rounds, **machine_facts(root)}
         task = bar.add_task("writing blocks", total=rounds * len(rows) * len(targets))
         bench = Bench(targets, workers)
         bench.prepare(rows)
@@ -253,11 +247,21 @@ def run_bench(scratch: Path | None, rounds: int, *, quick: bool, console: Consol
             bench, rows, targets, rounds,
             lambda text: bar.update(task, advance=1, description=text),
         )  # fmt: skip
-    return results, facts
+    return results, {**facts, "load_after": round(os.getloadavg()[0], 2)}
+
+
+def print_results(results: Sequence[Samples], facts: Mapping[str, Any]) -> None:
+    typer.echo("Speed as a ratio to raw, higher is faster\n")
+    show(speed_table(results))
+    typer.echo("")
+    show(cpu_table(results))
+    typer.echo("\nmedians; " + ", ".join(f"{name} {value}" for name, value in facts.items()))
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, less than a minute.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rounds, less than a minute.")
+    ] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Interleaved rounds.")] = None,
     scale: Annotated[
         bool, typer.Option("--scale", help="Mount over a million blocks instead.")
@@ -281,12 +285,7 @@ def main(
     except KvfsError as error:
         sys.stderr.write(f"bench: {error}\n")
         raise typer.Exit(exit_code_of(error)) from None
-    typer.echo("Speed as a ratio to raw, higher is faster\n")
-    show(speed_table(results))
-    typer.echo("")
-    show(cpu_table(results))
-    facts_text = ", ".join(f"{name} {value}" for name, value in facts.items())
-    typer.echo(f"\nmedians of {rounds or (QUICK_ROUNDS if quick else ROUNDS)} rounds; {facts_text}")
+    print_results(results, facts)
     if json_file is not None:
         json_file.write_text(json_text(document(results, facts)) + "\n")
 

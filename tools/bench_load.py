@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -101,6 +102,8 @@ LOOPS: dict[str, Callable[[Share], None]] = {
 
 def _work(pipe: Connection) -> None:
     """A worker: take a share, say ready, wait for the start, run it, say when it ran."""
+    # Ctrl-C is for the main process, which closes the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
             share: Share | None = pipe.recv()
@@ -161,9 +164,7 @@ class Workers:
         return answers
 
 
-def shares_of(
-    loop: str, paths: Sequence[str], workers: int, block_bytes: int = 0
-) -> list[Share]:
+def shares_of(loop: str, paths: Sequence[str], workers: int, block_bytes: int = 0) -> list[Share]:
     """The paths dealt out to workers, as engine threads take blocks off one queue."""
     return [
         Share(loop, tuple(paths[index::workers]), block_bytes)

@@ -138,7 +138,9 @@ def peer_mount(command: Sequence[str], source: Path, mountpoint: Path) -> Iterat
     """A peer's process in the foreground, its mount ended with it."""
     mountpoint.mkdir(exist_ok=True)
     words = [word.format(source=source, mountpoint=mountpoint) for word in command]
-    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         wait_until(
             lambda: is_mounted(mountpoint) or process.poll() is not None, words[0], timeout_s=10

@@ -170,8 +170,8 @@ def build(root: Path, scale: Scale, say: Callable[[str], None]) -> None:
 
     The tiers and the catalog are made by a first mount: only kvfs knows what belongs into them.
     """
-    for name in ("nvme", "hdd"):
-        (root / name).mkdir()
+    for tier in ("nvme", "hdd"):
+        (root / tier).mkdir()
     with kvfs_mount(root / "mnt", write_config(root, scale, at_rest=True)):
         pass
     filler = Filler(root)
@@ -192,11 +192,11 @@ def build(root: Path, scale: Scale, say: Callable[[str], None]) -> None:
         filler.close()
     say(f"{scale.listed:,} files")
     (root / "nvme" / "listed").mkdir()
-    directory_bytes = os.fsencode(root / "nvme" / "listed") + b"/"
+    prefix = os.fsencode(root / "nvme" / "listed") + b"/"
     for name in names:
-        descriptor = os.open(directory_bytes + name, os.O_CREAT | os.O_WRONLY, 0o600)
-        os.write(descriptor, bytes(LISTED_BYTES))
-        os.close(descriptor)
+        file = os.open(prefix + name, os.O_CREAT | os.O_WRONLY, 0o600)
+        os.write(file, bytes(LISTED_BYTES))
+        os.close(file)
 
 
 def block_name(number: int) -> bytes:
@@ -271,6 +271,7 @@ def planning_s(root: Path, scale: Scale, pid: int) -> float:
 
 def run_scale(scale: Scale, scratch: Path | None, console: Console) -> list[Measured]:
     """Build and measure in a scratch directory."""
+
     def say(text: str) -> None:
         if console.is_terminal:
             status.update(text)
@@ -287,9 +288,7 @@ def print_measured(figures: list[Measured]) -> None:
     view = table("Over a large catalog", ">Measured", ">Bar", "")
     for figure in figures:
         value = f"{figure.value:,.0f}" if figure.value >= 100 else f"{figure.value:.2f}"
-        view.add_row(
-            figure.what, f"{value} {figure.unit}", figure.bar_text, figure.verdict
-        )
+        view.add_row(figure.what, f"{value} {figure.unit}", figure.bar_text, figure.verdict)
     show(view)
 
 

@@ -19,6 +19,8 @@ from kvfs.tools.render import (
     table,
 )
 
+OFFLINE = "tier-offline"
+
 
 def register(app: typer.Typer) -> None:
     app.command("fsck")(fsck)
@@ -100,6 +102,13 @@ def _print_report(report: dict[str, Any]) -> None:
     if not findings:
         typer.echo(f"{checked}: clean")
     elif left:
-        typer.echo(f"{checked}: {len(findings)} findings, {left} left; --repair mends them")
+        typer.echo(f"{checked}: {len(findings)} findings, {left} left; {_remedy(findings)}")
     else:
         typer.echo(f"{checked}: {len(findings)} findings, all repaired")
+
+
+def _remedy(findings: list[dict[str, Any]]) -> str:
+    left = {finding["kind"] for finding in findings if not finding["repaired"]}
+    if left == {OFFLINE}:
+        return "bring the tier back and run it again"
+    return "--repair mends them"

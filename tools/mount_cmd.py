@@ -69,7 +69,7 @@ def mount(
 
 
 def effective_config(file: Path | None, tiers: Sequence[str]) -> Config:
-    """The configuration that the options of a command name."""
+    """The configuration that the options of a command name; the default's directory is made."""
     if file is not None and tiers:
         raise UsageError("--config and --tier exclude each other: name the tiers in the file")
     if file is not None:
@@ -77,7 +77,10 @@ def effective_config(file: Path | None, tiers: Sequence[str]) -> Config:
         return load_config(Path(os.path.abspath(file)))
     if tiers:
         return Config(tuple(parse_tier_option(text) for text in tiers))
-    return default_config()
+    config = default_config()
+    for tier in config.tier:
+        tier.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return config
 
 
 @contextmanager

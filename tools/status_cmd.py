@@ -46,6 +46,8 @@ ALARMING_EVENTS = {
     "quarantined": "replicas were set aside as damaged: see .kvfs/quarantine on the tiers",
     "replicas_lost": "replicas were gone from their tier: run `kvfs fsck`",
     "refused_full": "writes were refused because no tier had room: raise a capacity or evict",
+    "handler_failures": "requests failed by a fault of kvfs: its log has the tracebacks",
+    "moves_failed": "moves failed: the log of the daemon says why",
 }
 
 

@@ -355,6 +355,18 @@ def test_an_open_writer_reserves_space(shared: MountedKvfs, there: Path) -> None
         assert tiers["nvme"]["reserved_bytes"] >= MIB
 
 
+@pytest.mark.semantics("S-weak-3")
+def test_what_others_put_on_a_disk_is_not_seen(shared: MountedKvfs) -> None:
+    wait_until(lambda: call(shared, "status")["open"] == 0, "nothing open")
+    before = os.statvfs(shared.path).f_bfree
+    foreign = shared.tiers["nvme"] / "foreign"
+    foreign.write_bytes(bytes(4 * MIB))
+    try:
+        assert os.statvfs(shared.path).f_bfree == before
+    finally:
+        foreign.unlink()
+
+
 @pytest.mark.semantics("S-space-1")
 def test_df_of_a_mount_that_refuses_shows_what_is_free(settled: MountedKvfs) -> None:
     text = settled.config_file.read_text()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -39,6 +39,16 @@ from tests.mounting import MountedKvfs
 
 MIB = 1 << 20
 NAMES = ("a", "b", "c.bin", "d.tmp")
+FIRST_DIRECTORIES = ("a", "a/b", "b")
+FIRST_FILES = {
+    "c.bin": b"0123456789abcdef" * 700,
+    "a/c.bin": b"",
+    "a/a": b"x" * 4096,
+    "a/b/a": b"y" * 20_000,
+    "a/b/c.bin": b"z",
+    "b/d.tmp": b"t" * 100,
+    "b/a": b"u" * 8192,
+}
 XATTRS = ("user.crc32c", "user.note")
 TIERS = ("nvme", "hdd", "remote")
 # Times that `utime` set; later ones are the clock's and differ.
@@ -72,14 +82,22 @@ class MountAndDirectory(RuleBasedStateMachine):
         self.plain_parent = plain
         self.open_files: list[Pair] = []
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(spread=st.booleans())
+    def begin(self, spread: bool) -> None:
+        """A small tree, of which part has left the first tier and part is on two."""
         name = f"example{next(self.numbers)}"
         self.mounted = self.mount.path / name
         self.plain = self.plain_parent / name
-        for root in (self.mounted, self.plain):
-            root.mkdir()
         self.log_from_bytes = self.mount.log_file.stat().st_size
+        for root in (self.mounted, self.plain):
+            for directory in ("", *FIRST_DIRECTORIES):
+                (root / directory).mkdir()
+            for path, content in FIRST_FILES.items():
+                (root / path).write_bytes(content)
+        if spread:
+            self.order("demote", "a", "hdd")
+            self.order("promote", "a/b", "nvme")
+            self.order("demote", "b", "remote")
 
     def teardown(self) -> None:
         for pair in self.open_files:
@@ -112,7 +130,7 @@ class MountAndDirectory(RuleBasedStateMachine):
         choices = [new, anywhere]
         if existing[what]:
             known = st.sampled_from(sorted(existing[what]))
-            choices = [known, known, known, *choices]
+            choices = [*[known] * 8, *choices]
         return str(data.draw(st.one_of(choices), label="path")).lstrip("/")
 
     def both(self, operation: Callable[[Path], object]) -> Outcome:
@@ -330,11 +348,14 @@ class MountAndDirectory(RuleBasedStateMachine):
     def move(self, data: st.DataObject, verb: str, to: str) -> None:
         """Any outcome but a broken tree is fine: the block may be open, or there already."""
         path = self.a_path(data)
-        target = os.fsencode(os.path.relpath(self.mounted / path, self.mount.path))
         try:
-            self.client.call(verb, {"paths": [target], "to": to}, timeout_s=60)
+            self.order(verb, path, to)
         except BlockNotFound:
             assert not (self.plain / path).exists()
+
+    def order(self, verb: str, path: str, to: str) -> None:
+        target = os.fsencode(os.path.relpath(self.mounted / path, self.mount.path))
+        self.client.call(verb, {"paths": [target], "to": to}, timeout_s=60)
 
     @rule()
     def move_by_heat(self) -> None:
@@ -428,8 +449,12 @@ def test_a_mount_is_a_directory(
     with ControlClient(find_mount(mount.path).socket_path) as client:
         run_state_machine_as_test(  # type: ignore[no-untyped-call] # hypothesis has no type for it
             lambda: MountAndDirectory(mount, client, plain),
-            settings=settings(max_examples=int(os.environ.get("SM", "25")), stateful_step_count=int(os.environ.get("SS","30"))),
+            settings=settings(
+                phases=[Phase.reuse, Phase.generate],
+                max_examples=int(os.environ.get("SM", "25")),
+                stateful_step_count=int(os.environ.get("SS", "30")),
+            ),
         )
-        counters = client.call("status")["tiers"]; import pprint; pprint.pprint(client.call("status"))
+        counters = client.call("status")["tiers"]
     assert sum(tier["promotions"] for tier in counters) > 0
     assert sum(tier["demotions"] for tier in counters) > 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import pytest
+import trio
 import xxhash
 
-from kvfs import layout
+from kvfs import layout, mover
 from kvfs.catalog import ROOT_INODE, BlockState, Inode, Kind
 from kvfs.config import Config
 from kvfs.open_block import OpenBlock
@@ -114,6 +117,19 @@ async def put(store: Store, path: bytes, data: bytes, mode: int = 0o644) -> int:
     return block.inode
 
 
+async def put_on(store: Store, path: bytes, data: bytes, *tiers: str) -> int:
+    """A sealed block on exactly these tiers, nvme first if it is among them."""
+    inode = await put(store, path, data)
+    for lower in tiers:
+        if lower != "nvme":
+            await store.mover.copy(
+                inode, store.volume.tiers[0], store.volume.tier_named(lower), "demote"
+            )
+    if "nvme" not in tiers:
+        await move(store, "drop", path, "nvme", None)
+    return inode
+
+
 async def read(store: Store, path: bytes) -> bytes:
     """The bytes a reader gets."""
     row = row_at(store, path)
@@ -162,6 +178,32 @@ async def settle_all(store: Store) -> None:
             await store.replicas.settle(tier)
 
 
+def during_copy(monkeypatch: pytest.MonkeyPatch, change: Callable[[], Awaitable[object]]) -> None:
+    """Run `change` on the loop when the copy is complete and not yet in place."""
+    real = mover.copy_verified
+
+    def copy_then_change(*arguments: Any) -> int:
+        copied = real(*arguments)
+        monkeypatch.undo()
+
+        async def call() -> None:
+            await change()
+
+        trio.from_thread.run(call)
+        return copied
+
+    monkeypatch.setattr(mover, "copy_verified", copy_then_change)
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    """Poll until true."""
+    for _ in range(2000):
+        if condition():
+            return
+        await trio.sleep(0.01)
+    raise AssertionError(f"not within 20 s: {what}")
+
+
 # --- looking
 
 
@@ -194,6 +236,13 @@ def files_on(tier: Tier) -> set[bytes]:
 
 def private_files(tier: Tier, directory: bytes) -> list[bytes]:
     return sorted(os.listdir(tier.root + b"/" + directory))
+
+
+def assert_no_litter(store: Store) -> None:
+    for tier in store.volume.tiers:
+        assert private_files(tier, layout.STAGING_DIR) == []
+        assert store.volume.space[tier.index].reserved_bytes == 0
+    assert not store.mover.running
 
 
 async def assert_consistent(store: Store) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ def test_a_second_open_at_once_is_the_same_access() -> None:
 def test_pending_heat_is_the_sum_of_counted_accesses(seconds: list[float]) -> None:
     accesses = Accesses(HALF_LIFE_S)
     counted = [now for now in seconds if accesses.touch(1, now)]
-    assert all(b - a >= SAME_ACCESS_S for a, b in zip(counted, counted[1:], strict=False))
+    assert all(b - a >= SAME_ACCESS_S for a, b in pairwise(counted))
     now = seconds[-1]
     expected = sum(2 ** ((t - now) / HALF_LIFE_S) for t in counted)
     pending = accesses.tau(1, heat.never)

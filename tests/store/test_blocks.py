@@ -6,22 +6,19 @@ import errno
 import os
 from pathlib import Path
 
-import msgspec
 import pytest
 import trio
 
 from kvfs import layout
-from kvfs.catalog import GOOD, ROOT_INODE, SUSPECT, BlockState
+from kvfs.catalog import ROOT_INODE, BlockState
 from kvfs.errors import (
     BlockExists,
     BlockStale,
     FilesystemError,
     NotPermitted,
-    TierFull,
     errno_of,
 )
 from kvfs.space import rounded
-from kvfs.store import Store
 from tests.store.helpers import (
     Workbench,
     assert_consistent,
@@ -32,6 +29,7 @@ from tests.store.helpers import (
     move,
     private_files,
     put,
+    put_on,
     read,
     rename,
     rewrite,
@@ -44,20 +42,6 @@ from tests.store.helpers import (
 
 MIB = 1 << 20
 KIB = 1 << 10
-
-
-def states_of(store: Store, path: bytes) -> dict[str, int]:
-    """Good or suspect, by the tier's name."""
-    by_number = store.volume.by_number
-    replicas = store.volume.catalog.replicas(row_at(store, path).id)
-    return {by_number[replica.tier].name: replica.state for replica in replicas}
-
-
-async def put_on_both(store: Store, path: bytes, data: bytes) -> None:
-    """A sealed block on nvme and hdd."""
-    await put(store, path, data)
-    await move(store, "demote", path, "nvme", "hdd")
-    await move(store, "promote", path, "hdd", "nvme")
 
 
 # --- create, write, read, close
@@ -206,146 +190,6 @@ async def test_truncating_far_reserves_what_may_be_written(bench: Workbench) -> 
     await assert_consistent(store)
 
 
-# --- full tiers
-
-
-async def test_a_file_goes_on_to_the_next_tier_when_its_own_is_full(bench: Workbench) -> None:
-    bench.configure(nvme_mib=1, hdd_mib=8)
-    store = await bench.start()
-    data = os.urandom(2 * MIB)
-    block = await create(store, b"d/a")
-    reader = await store.blocks.open_reader(block.inode)
-    for offset in range(0, len(data), 256 * KIB):
-        await store.blocks.write(block, offset, data[offset : offset + 256 * KIB])
-        for account in store.volume.space.tiers:
-            assert account.taken_bytes <= account.capacity_bytes
-    assert store.volume.counters.events["spills"] == 1
-    assert tiers_of(store, b"d/a") == ["hdd"]
-    assert await store.blocks.read(reader, 0, 100) == data[:100], "readers go with it"
-    await store.blocks.close(block, writer=True)
-    await store.blocks.close(reader, writer=False)
-    await seal_all(store)
-    assert await read(store, b"d/a") == data
-    assert files_on(store.volume.tiers[0]) == set()
-    await assert_consistent(store)
-
-
-async def test_a_new_file_goes_where_there_is_room(bench: Workbench) -> None:
-    bench.configure(nvme_mib=1, hdd_mib=8)
-    store = await bench.start()
-    for name in (b"a", b"b", b"c"):
-        await put(store, name, os.urandom(600 * KIB))
-    assert [tiers_of(store, name) for name in (b"a", b"b", b"c")] == [["nvme"], ["hdd"], ["hdd"]]
-    assert store.volume.tiering_due.is_set()
-    await assert_consistent(store)
-
-
-async def test_a_reopened_block_spills_over_its_own_older_copy(bench: Workbench) -> None:
-    bench.configure(nvme_mib=1, hdd_mib=8)
-    store = await bench.start()
-    data = os.urandom(600 * KIB)
-    await put_on_both(store, b"d/a", data)
-    more = os.urandom(600 * KIB)
-    await rewrite(store, b"d/a", more, offset=len(data))
-    await seal_all(store)
-    assert tiers_of(store, b"d/a") == ["hdd"]
-    assert await read(store, b"d/a") == data + more
-    await assert_consistent(store)
-
-
-async def test_enospc_when_every_tier_is_full_and_nothing_may_be_evicted(
-    bench: Workbench,
-) -> None:
-    bench.configure(nvme_mib=1, hdd_mib=1, remote_mib=1, on_full="refuse")
-    store = await bench.start()
-    kept = [b"0", b"1", b"2"]
-    for name in kept:
-        await put(store, name, name * 900 * KIB)
-    with pytest.raises(TierFull) as refused:
-        await create(store, b"more")
-    assert errno_of(refused.value) == errno.ENOSPC
-    assert store.volume.catalog.resolve(b"more") is None
-    assert [await read(store, name) == name * 900 * KIB for name in kept] == [True] * 3
-    await assert_consistent(store)
-
-
-async def test_a_write_that_fits_nowhere_leaves_what_was_written(bench: Workbench) -> None:
-    bench.configure(nvme_mib=1, hdd_mib=1, remote_mib=1, on_full="refuse")
-    store = await bench.start()
-    block = await create(store, b"a", b"x" * 500 * KIB)
-    with pytest.raises(TierFull):
-        await store.blocks.write(block, 500 * KIB, bytes(600 * KIB))
-    await store.blocks.write(block, 500 * KIB, b"y" * KIB)
-    await store.blocks.close(block, writer=True)
-    await seal_all(store)
-    assert await read(store, b"a") == b"x" * 500 * KIB + b"y" * KIB
-    await assert_consistent(store)
-
-
-async def test_the_coldest_are_evicted_for_a_writer_that_finds_all_full(
-    bench: Workbench,
-) -> None:
-    bench.configure(nvme_mib=1, hdd_mib=1, remote_mib=1)
-    store = await bench.start()
-    gone: list[bytes] = []
-    store.volume.name_changed = lambda parent, name: gone.append(name)
-    names = [b"%02d" % number for number in range(40)]
-    for name in names:
-        await put(store, b"d/" + name, name * (64 * KIB))
-        for account in store.volume.space.tiers:
-            assert account.taken_bytes <= account.capacity_bytes
-    assert gone, "40 blocks of 128 KiB do not fit into 3 MiB"
-    assert gone == sorted(gone), "the coldest go first"
-    assert store.volume.counters.events["emergency_evictions"] == len(gone)
-    for name in names:
-        there = store.volume.catalog.resolve(b"d/" + name) is not None
-        assert there == (name not in gone)
-        if there:
-            assert await read(store, b"d/" + name) == name * (64 * KIB)
-    await assert_consistent(store)
-
-
-async def test_what_is_kept_pinned_or_open_is_not_evicted(bench: Workbench) -> None:
-    bench.configure(nvme_mib=1, hdd_mib=1, remote_mib=1)
-    bench.config = msgspec.structs.replace(bench.config, tier=bench.config.tier[:1])
-    store = await bench.start()
-    await put(store, b"config.json", b"k" * 200 * KIB)
-    pinned = await put(store, b"pinned", b"p" * 200 * KIB)
-    await store.attributes.set_xattr(pinned, b"user.kvfs.pin", b"1")
-    opened = await store.blocks.open_reader(await put(store, b"open", b"o" * 200 * KIB))
-    await put(store, b"cold", b"c" * 200 * KIB)
-    block = await create(store, b"new", b"n" * 300 * KIB)
-    assert store.volume.catalog.resolve(b"cold") is None
-    with pytest.raises(TierFull):
-        await store.blocks.write(block, 300 * KIB, bytes(300 * KIB))
-    assert {b"config.json", b"pinned", b"open", b"new"} == files_on(store.volume.tiers[0])
-    await store.blocks.close(block, writer=True)
-    await store.blocks.close(opened, writer=False)
-    await seal_all(store)
-    await assert_consistent(store)
-
-
-async def test_a_writer_on_the_last_tier_grows_at_the_cost_of_cold_blocks(
-    bench: Workbench,
-) -> None:
-    bench.configure(nvme_mib=1)
-    bench.config = msgspec.structs.replace(bench.config, tier=bench.config.tier[:1])
-    store = await bench.start()
-    for number in range(6):
-        await put(store, b"d/%d" % number, bytes([number]) * 150 * KIB)
-    data = os.urandom(700 * KIB)
-    block = await create(store, b"new")
-    for offset in range(0, len(data), 100 * KIB):
-        await store.blocks.write(block, offset, data[offset : offset + 100 * KIB])
-        assert store.volume.space[0].taken_bytes <= MIB
-    await store.blocks.close(block, writer=True)
-    await seal_all(store)
-    assert await read(store, b"new") == data
-    assert store.volume.catalog.resolve(b"d/0") is None
-    assert await read(store, b"d/5") == bytes([5]) * 150 * KIB
-    await assert_consistent(store)
-
-
 # --- unlink while open
 
 
@@ -425,7 +269,7 @@ async def test_a_file_of_the_wrong_length_is_lost(
 ) -> None:
     expect_log += ["bytes, sealed with 4", "tier nvme lost"]
     store = await bench.start()
-    await put_on_both(store, b"both", b"data")
+    await put_on(store, b"both", b"data", "nvme", "hdd")
     alone = await put(store, b"alone", b"data")
     for name in (b"both", b"alone"):
         file = file_on(store, "nvme", name)
@@ -449,7 +293,7 @@ async def test_a_file_of_the_wrong_length_is_lost(
 
 async def test_the_fastest_replica_is_read_and_kept_while_open(bench: Workbench) -> None:
     store = await bench.start()
-    await put_on_both(store, b"a", b"data")
+    await put_on(store, b"a", b"data", "nvme", "hdd")
     block = await store.blocks.open_reader(row_at(store, b"a").id)
     assert block.tier.name == "nvme"
     await store.replicas.drop(row_at(store, b"a"), block.tier, b"a")
@@ -481,7 +325,7 @@ async def test_readers_share_one_descriptor(bench: Workbench) -> None:
 
 async def test_a_tier_that_is_offline_is_passed_over(bench: Workbench) -> None:
     store = await bench.start()
-    await put_on_both(store, b"a", b"data")
+    await put_on(store, b"a", b"data", "nvme", "hdd")
     store.volume.tiers[0].mark_offline("a test")
     block = await store.blocks.open_reader(row_at(store, b"a").id)
     assert block.tier.name == "hdd"
@@ -534,96 +378,6 @@ async def test_a_fetched_block_can_be_reopened_for_writing(bench: Workbench) -> 
     await assert_consistent(store)
 
 
-# --- reopening
-
-
-async def test_a_reopened_block_with_the_same_content_keeps_its_replicas(
-    bench: Workbench,
-) -> None:
-    store = await bench.start()
-    await put_on_both(store, b"a", b"the same")
-    before = row_at(store, b"a")
-    block = await store.blocks.open_writer(before.id)
-    assert row_at(store, b"a").state == BlockState.REOPENED
-    assert states_of(store, b"a") == {"nvme": GOOD, "hdd": SUSPECT}
-    await store.blocks.write(block, 0, b"the same")
-    await store.blocks.close(block, writer=True)
-    await seal_all(store)
-    after = row_at(store, b"a")
-    assert (after.state, after.generation) == (BlockState.SEALED, before.generation)
-    assert states_of(store, b"a") == {"nvme": GOOD, "hdd": GOOD}
-    await assert_consistent(store)
-
-
-@pytest.mark.parametrize("length", [3, 20])
-async def test_a_reopened_block_with_other_content_drops_its_other_replicas(
-    bench: Workbench, length: int
-) -> None:
-    store = await bench.start()
-    await put_on_both(store, b"d/a", b"0123456789")
-    before = row_at(store, b"d/a")
-    await rewrite(store, b"d/a", b"X" * length)
-    await seal_all(store)
-    after = row_at(store, b"d/a")
-    assert after.generation == before.generation + 1
-    assert after.checksum != before.checksum
-    assert tiers_of(store, b"d/a") == ["nvme"]
-    assert await read(store, b"d/a") == b"X" * length + b"0123456789"[length:]
-    await assert_consistent(store)
-
-
-async def test_opening_with_truncation_empties_the_block(bench: Workbench) -> None:
-    store = await bench.start()
-    await put_on_both(store, b"a", b"0123456789")
-    block = await store.blocks.open_writer(row_at(store, b"a").id, truncate=True)
-    await store.blocks.write(block, 0, b"new")
-    await store.blocks.close(block, writer=True)
-    await seal_all(store)
-    assert await read(store, b"a") == b"new"
-    await assert_consistent(store)
-
-
-@pytest.mark.parametrize("size", [0, 4, 10, 5000])
-async def test_truncate_sets_the_length(bench: Workbench, size: int) -> None:
-    store = await bench.start()
-    inode = await put(store, b"a", b"0123456789")
-    await store.attributes.set(inode, size=size)
-    await seal_all(store)
-    assert await read(store, b"a") == b"0123456789"[:size] + bytes(max(0, size - 10))
-    assert row_at(store, b"a").generation == (1 if size == 10 else 2)
-    await assert_consistent(store)
-
-
-async def test_fsync_publishes_with_the_size_written_so_far(bench: Workbench) -> None:
-    store = await bench.start()
-    block = await create(store, b"a", b"12345")
-    await store.blocks.fsync(block, data_only=False)
-    row = row_at(store, b"a")
-    assert (row.state, row.size_bytes) == (BlockState.PUBLISHED, 5)
-    await store.blocks.write(block, 5, b"678")
-    await store.blocks.close(block, writer=True)
-    await seal_all(store)
-    assert await read(store, b"a") == b"12345678"
-    await assert_consistent(store)
-
-
-async def test_a_reader_does_not_hold_up_sealing_nor_a_second_writer(bench: Workbench) -> None:
-    store = await bench.start()
-    block = await create(store, b"a", b"data")
-    reader = await store.blocks.open_reader(block.inode)
-    second = await store.blocks.open_writer(block.inode)
-    assert block is reader is second
-    await store.blocks.close(block, writer=True)
-    assert await store.sealer.seal_pending() == set()
-    assert row_at(store, b"a").state == BlockState.WRITING, "one writer is left"
-    await store.blocks.close(second, writer=True)
-    await seal_all(store)
-    assert row_at(store, b"a").state == BlockState.SEALED
-    assert await store.blocks.read(reader, 0, 4) == b"data"
-    await store.blocks.close(reader, writer=False)
-    await assert_consistent(store)
-
-
 # --- crowded directories
 
 
@@ -634,7 +388,7 @@ async def test_a_crowded_directory_fans_out(bench: Workbench) -> None:
     for name in names:
         await put(store, name, name)
     stored = files_on(store.volume.tiers[0])
-    assert {name for name in names[:3]} < stored
+    assert set(names[:3]) < stored
     assert {layout.stored_path(name, True) for name in names[3:]} < stored
     await move(store, "demote", names[5], "nvme", "hdd")
     await rename(store, names[4], b"other/a")

@@ -68,10 +68,14 @@ def test_a_corrupt_catalog_is_set_aside(tmp_path: Path) -> None:
 
 
 def test_a_failed_transaction_changes_nothing(catalog: Catalog) -> None:
-    with pytest.raises(sqlite3.IntegrityError), catalog.transaction():
-        inode = catalog.insert_inode(Kind.BLOCK, 0o644, 0, 0, 0)
-        catalog.link(ROOT_INODE, b"a", inode)
-        catalog.link(ROOT_INODE, b"a", inode + 1)
+    def name_two_alike() -> None:
+        with catalog.transaction():
+            inode = catalog.insert_inode(Kind.BLOCK, 0o644, 0, 0, 0)
+            catalog.link(ROOT_INODE, b"a", inode)
+            catalog.link(ROOT_INODE, b"a", inode + 1)
+
+    with pytest.raises(sqlite3.IntegrityError):
+        name_two_alike()
     assert catalog.lookup(ROOT_INODE, b"a") is None
     assert catalog.totals() == (0, 1)
 
@@ -160,14 +164,16 @@ def test_deleting_an_inode_leaves_no_row_of_it(catalog: Catalog) -> None:
 
 
 def test_usage_and_duplicates_are_sums_over_replicas(catalog: Catalog) -> None:
+    fast = catalog.tier_number("uuid-a", "nvme", "/a")
+    slow = catalog.tier_number("uuid-b", "hdd", "/b")
     both, one = add(catalog, ROOT_INODE, b"both"), add(catalog, ROOT_INODE, b"one")
-    catalog.add_replica(both, 1, 4096, 1.0)
-    catalog.add_replica(both, 2, 4096, 1.0)
-    catalog.add_replica(one, 2, 8192, 1.0)
-    assert catalog.usage() == {1: (1, 4096), 2: (2, 12288)}
+    catalog.add_replica(both, fast, 4096, 1.0)
+    catalog.add_replica(both, slow, 8192, 1.0)
+    catalog.add_replica(one, slow, 8192, 1.0)
+    assert catalog.usage() == {fast: (1, 4096), slow: (2, 16384)}
     assert catalog.duplicate_bytes() == 4096
-    assert catalog.sole_replicas(2) == 1
-    assert catalog.sole_replicas(1) == 0
+    assert catalog.sole_replicas(slow) == 1
+    assert catalog.sole_replicas(fast) == 0
 
 
 def test_forgetting_a_tier_drops_what_was_only_there(catalog: Catalog) -> None:

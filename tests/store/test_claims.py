@@ -39,11 +39,10 @@ async def test_waiting_ends_when_the_claim_does() -> None:
         async with claims.hold(b"a"):
             order.append("second")
 
-    async with trio.open_nursery() as nursery:
-        async with claims.hold(b"a/b"):
-            nursery.start_soon(second)
-            await trio.testing.wait_all_tasks_blocked()
-            order.append("first")
+    async with trio.open_nursery() as nursery, claims.hold(b"a/b"):
+        nursery.start_soon(second)
+        await trio.testing.wait_all_tasks_blocked()
+        order.append("first")
     assert order == ["first", "second"]
     assert claims.is_free(b"")
 
@@ -56,13 +55,12 @@ async def test_a_claim_of_two_paths_waits_for_both() -> None:
         async with claims.hold(b"a", b"b"):
             got.set()
 
-    async with trio.open_nursery() as nursery:
-        async with claims.hold(b"b"):
-            async with claims.hold(b"a"):
-                nursery.start_soon(both)
-                await trio.testing.wait_all_tasks_blocked()
+    async with trio.open_nursery() as nursery, claims.hold(b"b"):
+        async with claims.hold(b"a"):
+            nursery.start_soon(both)
             await trio.testing.wait_all_tasks_blocked()
-            assert not got.is_set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not got.is_set()
     assert got.is_set()
 
 
@@ -92,8 +90,7 @@ def test_exactly_relatives_conflict(held: list[bytes], asked: bytes) -> None:
         async with claims.hold(*held):
             parts = asked.split(b"/")
             related = any(
-                parts[: len(h.split(b"/"))] == h.split(b"/")
-                or h.split(b"/")[: len(parts)] == parts
+                parts[: len(h.split(b"/"))] == h.split(b"/") or h.split(b"/")[: len(parts)] == parts
                 for h in held
             )
             assert claims.is_free(asked) is not related

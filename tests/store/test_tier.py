@@ -9,13 +9,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import trio
 
 from kvfs import layout
 from kvfs.config import Medium, TierConfig
 from kvfs.errors import TierError, TierOffline, exit_code_of
 from kvfs.seal import SEAL_XATTR, Seal
 from kvfs.tier import FORMAT_VERSION, Tier, init_tier, read_identity, write_identity
+from tests.store.helpers import until
 
 KINDS: list[tuple[int, Medium]] = [(0, "nvme"), (1, "nvme"), (1, "hdd"), (2, "remote")]
 
@@ -285,10 +285,9 @@ async def test_errors_of_the_medium_degrade_it_and_a_probe_brings_it_back(
 async def test_one_success_ends_being_degraded(tier: Tier, expect_log: list[str]) -> None:
     expect_log.append("tier tier is degraded")
     tier.note_error("once")
-    assert tier.state == "degraded"
-    assert not tier.accepts
+    assert (tier.state, tier.accepts) == ("degraded", False)
     await tier.run(os.getpid)
-    assert tier.state == "online"
+    assert (tier.state, tier.accepts) == ("online", True)
 
 
 async def test_a_full_medium_is_not_a_broken_one(tier: Tier) -> None:
@@ -306,9 +305,7 @@ def test_a_probe_fails_without_identity_or_with_another(tier: Tier, tmp_path: Pa
     file.rename(tmp_path / "aside")
     with pytest.raises(FileNotFoundError):
         tier.probe()
-    write_identity(
-        tier.config.path, msgspec.structs.replace(tier.identity, uuid="another")
-    )
+    write_identity(tier.config.path, msgspec.structs.replace(tier.identity, uuid="another"))
     with pytest.raises(OSError, match="another tier"):
         tier.probe()
 
@@ -322,9 +319,7 @@ def test_a_tier_that_comes_later_is_locked_by_the_probe(tier: Tier) -> None:
     tier.unlock()
 
 
-async def test_a_remote_tier_that_hangs_is_given_up(
-    tmp_path: Path, expect_log: list[str]
-) -> None:
+async def test_a_remote_tier_that_hangs_is_given_up(tmp_path: Path, expect_log: list[str]) -> None:
     expect_log.append("no answer within 0.05 s")
     tier = make_tier(tmp_path / "tier", 2, "remote")
     tier.reconfigure(msgspec.structs.replace(tier.config, deadline_s=0.05))
@@ -353,9 +348,9 @@ async def test_a_descriptor_that_comes_too_late_is_closed(
     with pytest.raises(TierOffline):
         await tier.run_open(hang)
     answer.set()
-    with trio.fail_after(10):
-        while not late or Path(f"/proc/self/fd/{late[0]}").exists():
-            await trio.sleep(0.01)
+    await until(
+        lambda: late and not Path(f"/proc/self/fd/{late[0]}").exists(), "the descriptor is closed"
+    )
 
 
 def test_limits_change_while_mounted(tier: Tier) -> None:

@@ -263,9 +263,7 @@ async def test_a_tier_with_sole_replicas_is_given_up_only_by_name(
     await assert_consistent(store)
 
 
-async def test_a_tier_without_sole_replicas_may_go(
-    bench: Workbench, expect_log: list[str]
-) -> None:
+async def test_a_tier_without_sole_replicas_may_go(bench: Workbench, expect_log: list[str]) -> None:
     expect_log.append("tier remote .* is forgotten; 0 blocks")
     bench.stop(await bench.start())
     bench.config = without_tier(bench.config, "remote")

@@ -92,6 +92,12 @@ def test_a_lower_tier_drops_copies_of_blocks_that_live_above_hottest_first() -> 
     assert steps(made)[:3] == [("drop", 2, 1, None), ("drop", 1, 1, None), ("evict", 3, 1, None)]
 
 
+def test_copies_of_blocks_above_are_found_among_the_coldest_too() -> None:
+    blocks = [block(1, 0, 1, heat=0.5, size=30), block(2, 0, 1, heat=0.9, size=60)]
+    view = replace(snapshot([tier(0, 90), tier(1, 960)], blocks), hottest=((), ()))
+    assert steps(plan(view, SETTINGS)) == [("drop", 2, 1, None)]
+
+
 def test_the_last_tier_evicts_coldest_first_and_spares_what_is_to_be_kept() -> None:
     blocks = [block(inode, 0, heat=inode, keep=inode == 1) for inode in range(1, 20)]
     made = plan(snapshot([tier(0, 960)], blocks), SETTINGS)
@@ -129,6 +135,18 @@ def test_a_lower_tier_makes_room_with_its_own_coldest_and_frees_first() -> None:
     made = plan(snapshot([tier(0, 960), tier(1, 940), tier(2, 0)], blocks), SETTINGS)
     assert steps(made) == [("demote", 2, 1, 2), ("demote", 1, 0, 1)]
     assert made.moves[0].reason == "hdd makes room for what leaves nvme, coldest first"
+
+
+def test_all_room_is_made_before_the_first_arrival() -> None:
+    blocks = [block(1, 0, heat=0.5, size=30), block(2, 0, heat=0.6, size=30)]
+    blocks += [block(3, 1, heat=0.1, size=30), block(4, 1, heat=0.2, size=30)]
+    made = plan(snapshot([tier(0, 960), tier(1, 950)], blocks), SETTINGS)
+    assert [(move.kind, move.inode) for move in made.moves] == [
+        ("evict", 3),
+        ("evict", 4),
+        ("demote", 1),
+        ("demote", 2),
+    ]
 
 
 def test_a_demotion_passes_over_a_tier_that_cannot_make_room() -> None:
@@ -263,10 +281,27 @@ def test_a_promotion_that_finds_no_place_in_the_plan_displaces_nothing() -> None
 
 
 def test_a_promotion_does_not_drop_its_own_source() -> None:
-    # hdd has to take block 2 and could make room only with block 1 itself.
-    blocks = [block(1, 1, heat=8, size=100), block(2, 0, heat=1, size=100)]
-    made = plan(snapshot([tier(0, 950), tier(1, 950)], blocks), SETTINGS)
+    # Block 2 would have to go down, and only the copies of block 1 could make room for it there.
+    blocks = [block(1, 1, 2, heat=8), block(2, 0, heat=1)]
+    made = plan(snapshot([tier(0, 950), tier(1, 950), tier(2, 950)], blocks), SETTINGS)
     assert made.moves == ()
+
+
+def test_a_promotion_displaces_nothing_on_the_tiers_below_that_is_hardly_colder() -> None:
+    blocks = [block(1, 2, heat=8), block(2, 0, heat=1), block(3, 1, heat=5)]
+    made = plan(snapshot([tier(0, 950), tier(1, 950), tier(2, 10)], blocks), SETTINGS)
+    assert steps(made) == [("demote", 2, 0, 2), ("promote", 1, 2, 0)]
+
+
+def test_a_promotion_that_fails_leaves_room_for_the_next() -> None:
+    blocks = [block(1, 1, heat=8, size=100), block(2, 1, heat=4), block(3, 0, heat=3)]
+    made = plan(snapshot([tier(0, 900), tier(1, 110)], blocks), SETTINGS)
+    assert steps(made) == [("promote", 2, 1, 0)]
+
+
+def test_a_block_that_is_demoted_is_not_promoted_by_the_same_plan() -> None:
+    view = snapshot([tier(0, 0), tier(1, 960), tier(2, 0)], [block(1, 1, heat=3, size=60)])
+    assert steps(plan(view, SETTINGS)) == [("demote", 1, 1, 2)]
 
 
 # Why
@@ -444,6 +479,17 @@ def roomy_snapshots(draw: st.DrawFn, replicas: int) -> Snapshot:
 def test_every_plan_can_be_carried_out_in_its_order(view: Snapshot, knobs: PolicySettings) -> None:
     state = State.of(view)
     state.apply(plan(view, knobs))
+
+
+@given(snapshots() | roomy_snapshots(replicas=4), policy_settings)
+def test_space_is_freed_on_a_tier_before_it_is_filled(
+    view: Snapshot, knobs: PolicySettings
+) -> None:
+    filled: set[int] = set()
+    for move in plan(view, knobs).moves:
+        assert move.kind == "promote" or move.source not in filled
+        if move.target is not None:
+            filled.add(move.target)
 
 
 @given(snapshots(), policy_settings)
