@@ -13,7 +13,6 @@ from typing import Any
 
 from kvfs import heat
 from kvfs.blocks import Blocks
-from kvfs.catalog import BlockState, Inode, Kind
 from kvfs.errors import (
     BlockStale,
     FilesystemError,
@@ -25,6 +24,7 @@ from kvfs.errors import (
 from kvfs.namespace import Namespace, set_owner
 from kvfs.open_block import OpenBlock
 from kvfs.replicas import Replicas
+from kvfs.rows import BlockState, Inode, Kind
 from kvfs.seal import Seal
 from kvfs.tier import Tier
 from kvfs.units import parse_duration

@@ -11,74 +11,16 @@ import contextlib
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvfs import layout, schema
 from kvfs.errors import CatalogError
+from kvfs.rows import GOOD, ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
 
-ROOT_INODE = 1
 DIRECTORY_PATHS_CACHED = 16_384
 BATCH_ROWS = 500
 
-
-class Kind(IntEnum):
-    DIRECTORY = 0
-    BLOCK = 1
-
-
-class BlockState(IntEnum):
-    """writing -> published -> sealed; a sealed block opened for writing is reopened."""
-
-    WRITING = 0
-    PUBLISHED = 1
-    SEALED = 2
-    REOPENED = 3
-
-
-class Inode(NamedTuple):
-    """One row of `inode`."""
-
-    id: int
-    kind: int
-    mode: int
-    uid: int
-    gid: int
-    size_bytes: int
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
-    generation: int
-    state: int
-    checksum: bytes | None
-    pin: str | None
-    ttl_s: float | None
-
-
-class Replica(NamedTuple):
-    """One row of `replica`."""
-
-    inode: int
-    tier: int
-    allocated_bytes: int
-    state: int
-    fanned: int
-    tau: float
-
-
-class Intent(NamedTuple):
-    """One row of `intent`."""
-
-    id: int
-    tier: int
-    kind: str
-    inode: int
-    path: bytes
-    target: bytes | None
-
-
-GOOD, SUSPECT = 0, 1
 _INODE = ", ".join(f"i.{column}" for column in Inode._fields)
 _REPLICA = ", ".join(Replica._fields)
 

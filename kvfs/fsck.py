@@ -15,9 +15,9 @@ from typing import Any
 import trio
 
 from kvfs import layout
-from kvfs.catalog import BlockState, Kind
 from kvfs.config import Config
 from kvfs.recovery import Verdict
+from kvfs.rows import BlockState, Kind
 from kvfs.seal import Seal
 from kvfs.store import Store
 from kvfs.tier import Tier

@@ -17,11 +17,11 @@ import trio
 
 from kvfs import layout
 from kvfs.attributes import PIN, TTL, seal_from
-from kvfs.catalog import BlockState, Inode, Kind
 from kvfs.copying import copy_file
 from kvfs.errors import BlockBusy, BlockCorrupt, BlockNotFound, TierFull, TierOffline
 from kvfs.policy import Move, MoveKind
 from kvfs.replicas import Replicas, largest, rename_into_place
+from kvfs.rows import BlockState, Inode, Kind
 from kvfs.seal import Seal, checksum_of
 from kvfs.space import rounded
 from kvfs.tier import TIER_ERRNOS, Tier

@@ -13,9 +13,9 @@ import stat
 
 from kvfs import layout
 from kvfs.blocks import Blocks
-from kvfs.catalog import ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
 from kvfs.errors import BlockExists, BlockNotFound, FilesystemError, NotPermitted, TierOffline
 from kvfs.replicas import Replicas
+from kvfs.rows import ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
 from kvfs.tier import Tier
 from kvfs.volume import Volume
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from kvfs.catalog import Inode
+from kvfs.rows import Inode
 from kvfs.space import Reservation, TierSpace
 from kvfs.tier import Tier
 

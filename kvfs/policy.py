@@ -327,7 +327,7 @@ class _Planner:
         used_bytes = max(view.used_bytes, self.used_bytes[tier])
         if used_bytes <= view.high_bytes:
             return
-        verb = "is" if view.used_bytes > view.high_bytes else "gets"
+        verb = "is" if used_bytes == view.used_bytes else "gets"
         why = f"{view.name} {verb} {_percent(used_bytes, view.capacity_bytes)} full"
         cause = _Cause(why, (self.watermark, self.capacity))
         while self.used_bytes[tier] > view.low_bytes and not self.is_full:

@@ -19,9 +19,9 @@ import trio
 
 from kvfs import heat, layout
 from kvfs.attributes import PIN, TTL, parse_ttl, seal_from
-from kvfs.catalog import GOOD, ROOT_INODE, BlockState, Inode, Kind, Replica
 from kvfs.errors import KvfsError, TierOffline
 from kvfs.replicas import Replicas, largest
+from kvfs.rows import GOOD, ROOT_INODE, BlockState, Inode, Kind, Replica
 from kvfs.seal import Content, Seal, content_of
 from kvfs.tier import Tier, write_identity
 from kvfs.volume import Volume

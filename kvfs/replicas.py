@@ -18,9 +18,9 @@ import trio
 import xxhash
 
 from kvfs import heat, layout, scans
-from kvfs.catalog import GOOD, BlockState, Inode, Intent, Kind, Replica
 from kvfs.errors import BlockBusy, BlockNotFound, TierFull
 from kvfs.open_block import OpenBlock
+from kvfs.rows import GOOD, BlockState, Inode, Intent, Kind, Replica
 from kvfs.space import Reservation, rounded
 from kvfs.tier import Tier
 from kvfs.volume import Volume
@@ -110,12 +110,23 @@ class Replicas:
             if wanted_bytes <= account.free_bytes + self._promised_bytes[tier.number]:
                 break
             try:
-                self.evict(inode, from_tier=tier)
+                self._leave(inode, tier)
             except (BlockBusy, BlockNotFound):
                 continue
             volume.counters.count("emergency_evictions")
         await self.settle(tier)
         return wanted_bytes <= account.free_bytes
+
+    def _leave(self, number: int, tier: Tier) -> None:
+        """Drop a block's copy on a tier, or the block if that was the last one."""
+        elsewhere = [t for t, _ in self.readable(number) if t is not tier]
+        inode = self.volume.catalog.get(number)
+        if not elsewhere or inode is None:
+            self.evict(number, from_tier=tier)
+            return
+        path = self.check_evictable(inode)
+        mine = [r for r in self.volume.catalog.replicas(number) if r.tier == tier.number]
+        self.forget_replicas(number, path, mine)
 
     async def relieve(self, block: OpenBlock, size_bytes: int) -> bool:
         """Evict for a writer whose tier is the last; whether its file may have this size then."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvfs import heat, layout
-from kvfs.catalog import ROOT_INODE, BlockState, Kind
 from kvfs.policy import BlockView, PolicySettings, Snapshot, TierView
+from kvfs.rows import ROOT_INODE, BlockState, Kind
 
 # Bounds of one plan: what does not fit waits for the next pass.
 MAX_CANDIDATES = 20_000

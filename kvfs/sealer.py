@@ -10,12 +10,13 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
-from kvfs.catalog import GOOD, BlockState, Inode, Kind
 from kvfs.errors import TierOffline
 from kvfs.replicas import Replicas, largest
+from kvfs.rows import GOOD, BlockState, Inode, Kind
 from kvfs.seal import Seal, checksum_of, no_writer_left
 from kvfs.tier import TIER_ERRNOS, Tier
 from kvfs.volume import Volume
@@ -129,41 +130,54 @@ class Sealer:
     def _commit(self, tier: Tier, results: Iterable[Sealed]) -> set[int]:
         """Record what was sealed; what must be tried again."""
         again: set[int] = set()
-        changed: list[tuple[Inode, bytes]] = []
-        catalog = self.volume.catalog
-        with catalog.transaction():
+        reopened: list[Sealed] = []
+        with self.volume.catalog.transaction():
             for sealed in results:
-                before = sealed.job.inode
-                now = catalog.get(before.id)
-                block = self.replicas.open_blocks.get(before.id)
-                if now is None or now.state == BlockState.SEALED:
+                verdict = self._is_current(sealed)
+                if verdict is None:
                     continue
-                if (
-                    sealed.checksum is None
-                    or before.id not in self.volume.sealing
-                    or now.generation != before.generation
-                    or now.state != before.state
-                    or (block is not None and block.writers)
-                ):
-                    again.add(before.id)
-                    continue
-                self._record(tier, sealed)
-                if before.state == BlockState.REOPENED:
-                    changed.append((before, sealed.job.path))
-        for inode, path in changed:
-            self._settle_reopened(tier, inode, path)
+                if not verdict:
+                    again.add(sealed.job.inode.id)
+                elif sealed.job.inode.state == BlockState.REOPENED:
+                    reopened.append(sealed)
+                else:
+                    self.volume.catalog.update(sealed.job.inode.id, **_columns(sealed))
+                    self._account(tier, sealed)
+        for sealed in reopened:
+            self._commit_reopened(tier, sealed)
         return again
 
-    def _record(self, tier: Tier, sealed: Sealed) -> None:
-        assert sealed.status is not None
+    def _is_current(self, sealed: Sealed) -> bool | None:
+        """Whether the block is still what was hashed; None when there is nothing left to do."""
+        before = sealed.job.inode
+        now = self.volume.catalog.get(before.id)
+        block = self.replicas.open_blocks.get(before.id)
+        if now is None or now.state == BlockState.SEALED:
+            return None
+        return (
+            sealed.checksum is not None
+            and before.id in self.volume.sealing
+            and (now.generation, now.state) == (before.generation, before.state)
+            and not (block is not None and block.writers)
+        )
+
+    def _commit_reopened(self, tier: Tier, sealed: Sealed) -> None:
+        """Unchanged content: the other replicas are good again. Changed: they go with it."""
+        before = sealed.job.inode
+        changed = sealed.generation != before.generation
+        others = [r for r in self.volume.catalog.replicas(before.id) if r.tier != tier.number]
+        self.replicas.forget_replicas(
+            before.id, sealed.job.path, others if changed else [], **_columns(sealed)
+        )
+        self._account(tier, sealed)
+
+    def _account(self, tier: Tier, sealed: Sealed) -> None:
+        """The record may have taken space of its own."""
+        assert sealed.status is not None, "a sealed file has been looked at"
         catalog, number = self.volume.catalog, sealed.job.inode.id
         allocated = sealed.status.st_blocks * 512
         replicas = catalog.replicas(number)
         replica = next(r for r in replicas if r.tier == tier.number)
-        catalog.update(
-            number, state=int(BlockState.SEALED), checksum=sealed.checksum,
-            size_bytes=sealed.status.st_size, generation=sealed.generation,
-        )  # fmt: skip
         catalog.set_allocated(number, tier.number, allocated)
         replicas.remove(replica)
         self.volume.space.resize(
@@ -171,16 +185,15 @@ class Sealer:
         )
         self.volume.counters.count("seals")
 
-    def _settle_reopened(self, tier: Tier, before: Inode, path: bytes) -> None:
-        """Unchanged content: the other replicas are good again. Changed: they go."""
-        catalog = self.volume.catalog
-        now = catalog.get(before.id)
-        assert now is not None
-        if now.generation == before.generation:
-            catalog.set_replica_states(before.id, GOOD, besides=tier.number)
-            return
-        others = [r for r in catalog.replicas(before.id) if r.tier != tier.number]
-        self.replicas.forget_replicas(before.id, path, others)
+
+def _columns(sealed: Sealed) -> dict[str, Any]:
+    assert sealed.status is not None, "a sealed file has been looked at"
+    return {
+        "state": int(BlockState.SEALED),
+        "checksum": sealed.checksum,
+        "size_bytes": sealed.status.st_size,
+        "generation": sealed.generation,
+    }
 
 
 def seal_files(tier: Tier, jobs: list[Job]) -> list[Sealed]:

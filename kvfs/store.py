@@ -11,12 +11,12 @@ import trio
 from kvfs import layout
 from kvfs.attributes import Attributes
 from kvfs.blocks import Blocks
-from kvfs.catalog import Inode
 from kvfs.errors import TierOffline
 from kvfs.mover import Mover
 from kvfs.namespace import Namespace
 from kvfs.recovery import Recovery
 from kvfs.replicas import Replicas
+from kvfs.rows import Inode
 from kvfs.sealer import Sealer
 from kvfs.volume import Volume
 from kvfs.walk import look

@@ -9,8 +9,8 @@ from typing import Any
 
 from kvfs import scans
 from kvfs.attributes import STATE_NAMES
-from kvfs.catalog import BlockState, Inode, Kind
 from kvfs.policy import PolicySettings, TierView, explain
+from kvfs.rows import BlockState, Inode, Kind
 from kvfs.scans import Survey
 from kvfs.store import Store
 

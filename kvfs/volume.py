@@ -17,12 +17,13 @@ import trio
 
 from kvfs import layout
 from kvfs.accesses import Accesses
-from kvfs.catalog import ROOT_INODE, Catalog, Kind, open_catalog
+from kvfs.catalog import Catalog, open_catalog
 from kvfs.claims import Claims
 from kvfs.clock import Clock
 from kvfs.config import Config, TierConfig
 from kvfs.errors import TierError
 from kvfs.metrics import Counters
+from kvfs.rows import ROOT_INODE, Kind
 from kvfs.space import Space
 from kvfs.tier import (
     ABSENT,

@@ -18,7 +18,6 @@ import pyfuse3
 import trio
 
 from kvfs import layout
-from kvfs.catalog import ROOT_INODE, Inode, Kind
 from kvfs.errors import (
     BlockExists,
     FilesystemError,
@@ -30,6 +29,7 @@ from kvfs.errors import (
 from kvfs.mount.control_dir import CONTROL_INODE, ControlDirectory
 from kvfs.mount.handles import Handle, Handles
 from kvfs.mount.inodes import InodeTable
+from kvfs.rows import ROOT_INODE, Inode, Kind
 from kvfs.store import Store
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ from typing import Any
 import trio
 
 from kvfs import heat, layout, scans
-from kvfs.catalog import ROOT_INODE, BlockState, Inode, Kind
 from kvfs.config import config_to_builtins
 from kvfs.control import Request
 from kvfs.errors import (
@@ -26,6 +25,7 @@ from kvfs.errors import (
 )
 from kvfs.fsck import check_online
 from kvfs.mount.tiering import Tiering
+from kvfs.rows import ROOT_INODE, BlockState, Inode, Kind
 from kvfs.store import Store
 from kvfs.tier import Tier
 from kvfs.views import Views

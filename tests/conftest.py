@@ -35,9 +35,7 @@ def expect_log() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def no_surprise_in_log(
-    caplog: pytest.LogCaptureFixture, expect_log: list[str]
-) -> Iterator[None]:
+def no_surprise_in_log(caplog: pytest.LogCaptureFixture, expect_log: list[str]) -> Iterator[None]:
     """Fail on a warning that nobody expected."""
     yield
     surprises = [

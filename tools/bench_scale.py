@@ -21,8 +21,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvfs.catalog import ROOT_INODE, BlockState, Catalog, Inode, Kind
+from kvfs.catalog import Catalog
 from kvfs.errors import KvfsError, exit_code_of
+from kvfs.rows import ROOT_INODE, BlockState, Inode, Kind
 from kvfs.tools.bench_mounts import (
     kvfs_mount,
     process_cpu_s,

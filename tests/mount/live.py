@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,20 @@ def heat(path: Path) -> float:
 
 def wait_sealed(path: Path) -> None:
     wait_until(lambda: state(path) == "sealed", f"{path} sealed")
+
+
+def wait_gone(path: Path) -> None:
+    """Until `access` says that a file, in the mount or on a tier, is not there."""
+    wait_until(lambda: not os.access(path, os.F_OK), f"{path} gone")
+
+
+def refusal_of(operation: Callable[[], object]) -> int:
+    """The errno of a call that must fail."""
+    try:
+        operation()
+    except OSError as error:
+        return error.errno or 0
+    raise AssertionError("it was not refused")
 
 
 def publish(path: Path, data: bytes) -> Path:

@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,17 +22,19 @@ from tests.mount.live import (
     promote,
     publish,
     put_on,
+    refusal_of,
     replicas,
     state,
+    wait_gone,
     wait_sealed,
 )
-from tests.mounting import MountedKvfs, wait_until
+from tests.mounting import MountedKvfs
 
 
 @pytest.mark.semantics("S-publish-2")
 def test_exclusive_creation_has_one_winner(there: Path) -> None:
     script = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL | os.O_WRONLY)"
-    command = [sys.executable, "-S", "-c", script, there / "block"]
+    command = [sys.executable, "-S", "-c", script, str(there / "block")]
     started = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(4)]
     assert sorted(process.wait() for process in started) == [0, 1, 1, 1]
     with pytest.raises(FileExistsError):
@@ -130,7 +133,7 @@ def test_rewriting_decides_at_the_last_close_whether_the_block_changed(
     assert info(shared, path)["generation"] > generation
     assert replicas(path) == ["nvme"]
     stale = shared.tiers["hdd"] / os.fsdecode(below(shared, path))
-    wait_until(lambda: not stale.exists(), "the old replica gone")
+    wait_gone(stale)
     assert path.read_bytes() == b"diff" + b"same" * 999
 
 
@@ -192,7 +195,7 @@ def test_mappings_private_and_shared(shared: MountedKvfs, there: Path, tier: str
             private[0:4] = b"mine"
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as readable:
             assert readable[:] == data
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+    with path.open("r+b") as writer, mmap.mmap(writer.fileno(), 0) as mapping:
         mapping[100:104] = b"ours"
         mapping.flush()
         assert path.read_bytes()[100:104] == b"ours"
@@ -237,7 +240,8 @@ def test_a_replica_of_another_length_is_a_lost_replica(
     shared: MountedKvfs, there: Path, shared_log: list[str]
 ) -> None:
     shared_log += ["bytes, sealed with", "tier nvme lost"]
-    for number, damage in enumerate((lambda p: os.truncate(p, 100), os.unlink)):
+    damages: list[Callable[[Path], object]] = [lambda path: os.truncate(path, 100), os.unlink]
+    for number, damage in enumerate(damages):
         sole = publish(there / f"sole-{number}", b"good" * 1000)
         copied = publish(there / f"copied-{number}", b"good" * 1000)
         put_on(shared, copied, "hdd")
@@ -254,6 +258,4 @@ def test_a_replica_of_another_length_is_a_lost_replica(
 
 @pytest.mark.semantics("S-publish-2")
 def test_opening_a_directory_for_writing_is_refused(there: Path) -> None:
-    with pytest.raises(OSError) as caught:
-        os.open(there, os.O_WRONLY)
-    assert caught.value.errno == errno.EISDIR
+    assert refusal_of(lambda: os.open(there, os.O_WRONLY)) == errno.EISDIR

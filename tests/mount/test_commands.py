@@ -211,9 +211,10 @@ def test_a_descriptor_nobody_asked_for_is_refused_and_closed(
 @pytest.mark.parametrize(
     ("verb", "args"),
     [
-        ("info", {}), ("info", {"path": 7}), ("info", {"path": None}), ("ls", {"path": b"", "limit": "x"}),
-        ("pin", {"paths": 3}), ("demote", {"paths": [b""], "to": 9}), ("nonsense", {}),
-        ("__init__", {}), ("tier_drain", {}),
+        ("info", {}), ("info", {"path": 7}), ("info", {"path": None}),
+        ("ls", {"path": b"", "limit": "x"}), ("pin", {"paths": 3}),
+        ("demote", {"paths": [b""], "to": 9}), ("nonsense", {}), ("__init__", {}),
+        ("tier_drain", {}),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_answered_and_the_connection_goes_on(

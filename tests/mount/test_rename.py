@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,19 +20,13 @@ from tests.mount.live import (
     promote,
     publish,
     put_on,
+    refusal_of,
     renameat2,
     replicas,
+    wait_gone,
     wait_sealed,
 )
 from tests.mounting import MountedKvfs, wait_until
-
-
-def refusal_of(operation: Callable[[], object]) -> int:
-    """The errno of what must fail."""
-    with pytest.raises(OSError) as caught:
-        operation()
-    assert caught.value.errno is not None
-    return caught.value.errno
 
 
 def on_tier(mount: MountedKvfs, tier: str, path: Path) -> Path:
@@ -163,7 +156,7 @@ def test_a_rename_keeps_the_inode_number_and_replaces_on_all_tiers(
     assert target.read_bytes() == b"new"
     assert on_tier(shared, "nvme", target).read_bytes() == b"new"
     if tier != "nvme":
-        wait_until(lambda: not on_tier(shared, tier, target).exists(), "the replaced file gone")
+        wait_gone(on_tier(shared, tier, target))
     assert replicas(target) == ["nvme"]
 
 
@@ -213,7 +206,7 @@ def test_unlink_removes_the_file_from_every_tier(shared: MountedKvfs, there: Pat
     path.unlink()
     assert not path.exists()
     for tier in TIERS:
-        wait_until(lambda tier=tier: not on_tier(shared, tier, path).exists(), f"gone from {tier}")
+        wait_gone(on_tier(shared, tier, path))
 
 
 @pytest.mark.semantics("S-unlink-4")
@@ -241,8 +234,7 @@ def test_a_directory_whose_blocks_are_on_slow_tiers_is_removed_there_too(
     path.unlink()
     (there / "d").rmdir()
     for tier in ("nvme", "hdd"):
-        directory = on_tier(shared, tier, there / "d")
-        wait_until(lambda directory=directory: not directory.exists(), f"{directory} gone")
+        wait_gone(on_tier(shared, tier, there / "d"))
 
 
 @pytest.mark.semantics("S-unlink-5")

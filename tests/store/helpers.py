@@ -13,10 +13,10 @@ import trio
 import xxhash
 
 from kvfs import layout, mover
-from kvfs.catalog import ROOT_INODE, BlockState, Inode, Kind
 from kvfs.config import Config
 from kvfs.open_block import OpenBlock
 from kvfs.policy import Move, MoveKind
+from kvfs.rows import ROOT_INODE, BlockState, Inode, Kind
 from kvfs.store import Store
 from kvfs.tier import Tier, init_tier, write_identity
 from kvfs.volume import catalog_path, open_volume

@@ -10,7 +10,6 @@ import pytest
 import trio
 
 from kvfs import layout
-from kvfs.catalog import ROOT_INODE, BlockState
 from kvfs.errors import (
     BlockExists,
     BlockStale,
@@ -18,6 +17,7 @@ from kvfs.errors import (
     NotPermitted,
     errno_of,
 )
+from kvfs.rows import ROOT_INODE, BlockState
 from kvfs.space import rounded
 from tests.store.helpers import (
     Workbench,

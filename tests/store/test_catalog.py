@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfs import schema
-from kvfs.catalog import ROOT_INODE, SUSPECT, BlockState, Catalog, Kind, open_catalog
+from kvfs.catalog import Catalog, open_catalog
 from kvfs.errors import CatalogError, exit_code_of
+from kvfs.rows import ROOT_INODE, SUSPECT, BlockState, Kind
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 import trio
 
 from kvfs import layout
-from kvfs.catalog import Kind
 from kvfs.errors import TierError
 from kvfs.fsck import FsckReport, check_offline, check_online
+from kvfs.rows import Kind
 from kvfs.store import Store
 from tests.store.helpers import (
     Workbench,

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from kvfs import layout
-from kvfs.catalog import BlockState
 from kvfs.recovery import Verdict
+from kvfs.rows import BlockState
 from kvfs.seal import SEAL_XATTR
 from kvfs.store import Store
 from kvfs.tier import init_tier, read_identity

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvfs import layout
-from kvfs.catalog import GOOD, BlockState
+from kvfs.rows import GOOD, BlockState
 from kvfs.sealer import Job, seal_files
 from kvfs.store import Store
 from tests.store.helpers import (

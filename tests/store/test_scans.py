@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from kvfs import scans
-from kvfs.catalog import ROOT_INODE
 from kvfs.policy import plan
+from kvfs.rows import ROOT_INODE
 from kvfs.store import Store
 from kvfs.views import Views
 from tests.store.helpers import Workbench, create, make_directory, move, put, row_at, seal_all

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfs import sealer
-from kvfs.catalog import BlockState
+from kvfs.rows import BlockState
 from kvfs.seal import Seal, checksum_of, decode_seal, no_writer_left
 from kvfs.tier import Tier
 from tests.store.helpers import (

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvfs.catalog import ROOT_INODE
 from kvfs.config import Config, TierConfig
 from kvfs.errors import CatalogError, TierError, TierOffline, exit_code_of
+from kvfs.rows import ROOT_INODE
 from kvfs.tier import init_tier, read_identity
 from kvfs.volume import boot_id, catalog_path, open_volume
 from tests.store.helpers import Workbench, assert_consistent, move, put, read, tiers_of
