@@ -20,7 +20,7 @@ from kvfs.errors import BlockExists, BlockStale, FilesystemError, TierFull, Tier
 from kvfs.open_block import OpenBlock
 from kvfs.replicas import Replicas, ghost_key, largest
 from kvfs.rows import SUSPECT, BlockState, Inode, Kind, Replica
-from kvfs.space import PAGE_BYTES, rounded
+from kvfs.space import PAGE_BYTES, rounded, sealed
 from kvfs.tier import Tier
 from kvfs.volume import Volume
 
@@ -322,7 +322,7 @@ class Blocks:
     def _cover(self, block: OpenBlock, end: int) -> bool:
         """Whether a file of `end` bytes is within what the block has been granted."""
         assert block.reservation is not None, "an open writer has a reservation"
-        return block.reservation.grow_to(rounded(end) - block.accounted_bytes - block.held_bytes)
+        return block.reservation.grow_to(sealed(end) - block.accounted_bytes - block.held_bytes)
 
     async def _spill(self, block: OpenBlock, end: int) -> None:
         """The tier is full: the partial file goes on to the next one. `block.lock` is held."""

@@ -96,6 +96,12 @@ class Catalog:
     def set_meta(self, key: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
+    def set_meta_durably(self, key: str, value: str) -> None:
+        """`set_meta` that outlives a power loss from here on."""
+        self._db.execute("PRAGMA synchronous = FULL")
+        self.set_meta(key, value)
+        self._db.execute("PRAGMA synchronous = NORMAL")
+
     def known_tiers(self) -> list[tuple[int, str, str, str]]:
         """(number, uuid, name, path) of each tier ever used."""
         return self._db.execute("SELECT number, uuid, name, path FROM tier").fetchall()
@@ -454,6 +460,11 @@ class Catalog:
         done = set(self._intents_done)
         return [Intent._make(row) for row in rows if row[0] not in done]
 
+    def has_intent(self, intent: int) -> bool:
+        """Whether it is left to do."""
+        row = self._db.execute("SELECT 1 FROM intent WHERE id = ?", (intent,)).fetchone()
+        return row is not None and intent not in self._intents_done
+
     def intent_done(self, intent: int) -> None:
         """Forget it with the next transaction: applying an intent twice is harmless."""
         self._intents_done.append(intent)
@@ -490,9 +501,15 @@ def open_catalog(path: Path) -> tuple[Catalog, Path | None]:
     except sqlite3.OperationalError as error:
         raise CatalogError(f"the catalog {path} cannot be opened: {error}") from None
     except sqlite3.DatabaseError:
-        aside = path.with_suffix(".corrupt")
-        for suffix in ("", "-wal", "-shm"):
-            source = Path(f"{path}{suffix}")
-            if source.exists():
-                source.rename(f"{aside}{suffix}")
+        aside = set_aside(path, ".corrupt")
         return Catalog(path), aside
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Rename a catalog with its log; where it is now."""
+    aside = path.with_suffix(suffix)
+    for part in ("", "-wal", "-shm"):
+        source = Path(f"{path}{part}")
+        if source.exists():
+            source.rename(f"{aside}{part}")
+    return aside

@@ -23,7 +23,7 @@ from kvfs.policy import Move, MoveKind
 from kvfs.replicas import Replicas, largest, rename_into_place
 from kvfs.rows import BlockState, Inode, Kind
 from kvfs.seal import Seal, checksum_of
-from kvfs.space import rounded
+from kvfs.space import sealed
 from kvfs.tier import TIER_ERRNOS, Tier
 from kvfs.volume import Volume
 
@@ -119,7 +119,7 @@ class Mover:
             raise BlockBusy("it is being moved already")
         if not target.online:
             raise TierOffline(f"tier {target.name} is offline")
-        reservation = self.volume.space.reserve(target.index, rounded(inode.size_bytes))
+        reservation = self.volume.space.reserve(target.index, sealed(inode.size_bytes))
         if reservation is None:
             raise TierFull(f"tier {target.name} is full")
         fanned = bool(replicas[source.number].fanned)

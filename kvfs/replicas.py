@@ -21,7 +21,7 @@ from kvfs import heat, layout, scans
 from kvfs.errors import BlockBusy, BlockNotFound, TierFull
 from kvfs.open_block import OpenBlock
 from kvfs.rows import GOOD, BlockState, Inode, Intent, Kind, Replica
-from kvfs.space import Reservation, rounded
+from kvfs.space import Reservation, sealed
 from kvfs.tier import Tier
 from kvfs.volume import Volume
 
@@ -135,7 +135,7 @@ class Replicas:
             return False
         if any(other.accepts and other.index > tier.index for other in self.volume.tiers):
             return False
-        more = rounded(size_bytes) - block.accounted_bytes - reservation.size_bytes
+        more = sealed(size_bytes) - block.accounted_bytes - reservation.size_bytes
         return more > 0 and await self.make_room(tier, more)
 
     # --- removing
@@ -320,12 +320,15 @@ class Replicas:
 
     async def settle(self, tier: Tier) -> None:
         """Carry out what was promised for a tier, in order. Stops where the tier fails."""
-        for intent in self.volume.catalog.intents(tier.number):
-            logical, _ = layout.logical_path(intent.path)
-            async with self.volume.claims.hold(logical):
-                await self.apply(tier, intent)
-            self.finish(tier, intent.id)
-        self.volume.catalog.flush_intents()
+        catalog = self.volume.catalog
+        for intent in catalog.intents(tier.number):
+            stored = [path for path in (intent.path, intent.target) if path is not None]
+            async with self.volume.claims.hold(*(layout.logical_path(p)[0] for p in stored)):
+                # Who promised it may have done it meanwhile, and the old name be another's.
+                if catalog.has_intent(intent.id):
+                    await self.apply(tier, intent)
+                    self.finish(tier, intent.id)
+        catalog.flush_intents()
 
     def finish(self, tier: Tier, intent: int) -> None:
         """An intent is done: what it held is free."""

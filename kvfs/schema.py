@@ -85,9 +85,10 @@ CREATE TABLE xattr (
 
 -- Changes of a tier's files that were promised but may not be done: applied in order, per tier,
 -- at mount and when a tier comes back. 'unlink' is void once a replica lives at the path again,
--- 'rename' while a block of its own lives at the old path, or another at the new one.
+-- 'rename' while a block of its own lives at the old path, or another at the new one. Numbers are
+-- never given again: who waits to carry one out must not take another for it.
 CREATE TABLE intent (
-    id     INTEGER PRIMARY KEY,
+    id     INTEGER PRIMARY KEY AUTOINCREMENT,
     tier   INTEGER NOT NULL,
     kind   TEXT NOT NULL,                   -- 'unlink' or 'rename'
     inode  INTEGER NOT NULL,

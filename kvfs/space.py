@@ -22,6 +22,11 @@ def rounded(size_bytes: int) -> int:
     return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
+def sealed(size_bytes: int) -> int:
+    """The most that a file of this size allocates once its seal record is attached."""
+    return rounded(size_bytes) + PAGE_BYTES
+
+
 @dataclass(slots=True)
 class TierSpace:
     """The account of one tier."""

@@ -70,6 +70,8 @@ class TierIdentity(msgspec.Struct, frozen=True):
     created_at: float
     probe: Probe
     adopt: bool = False
+    # How often this set of tiers was mounted: a catalog that counts fewer is an old one.
+    mounts: int = 0
     members: dict[str, Member] = {}
 
 

@@ -17,7 +17,7 @@ import trio
 
 from kvfs import layout
 from kvfs.accesses import Accesses
-from kvfs.catalog import Catalog, open_catalog
+from kvfs.catalog import Catalog, open_catalog, set_aside
 from kvfs.claims import Claims
 from kvfs.clock import Clock
 from kvfs.config import Config, TierConfig
@@ -133,18 +133,30 @@ def open_volume(config: Config, forget: tuple[str, ...] = ()) -> Volume:
     path = catalog_path(config)
     if found[0] is None and config.mount.catalog is None:
         found[0] = init_tier(config.tier[0].path)
-    had_catalog = path.exists()
-    catalog, aside = open_catalog(path)
-    if aside:
-        log.warning("the catalog was corrupt; set aside as %s and rebuilt", aside)
+    catalog = _open_current(path, found)
     try:
-        tiers = _open_tiers(config, catalog, found, forget, new=not had_catalog or bool(aside))
+        tiers = _open_tiers(config, catalog, found, forget)
         return _assemble(config, tiers, catalog, rebuild=existed and catalog.created)
     except BaseException:
         catalog.close()
         if catalog.created and not existed:
             path.unlink(missing_ok=True)
         raise
+
+
+def _open_current(path: Path, found: list[TierIdentity | None]) -> Catalog:
+    """The catalog, or a new one where there is none, it is corrupt or older than its tiers."""
+    catalog, aside = open_catalog(path)
+    if aside:
+        log.warning("the catalog was corrupt; set aside as %s and rebuilt", aside)
+    known = {uuid for _, uuid, _, _ in catalog.known_tiers()}
+    mounts = [identity.mounts for identity in found if identity and identity.uuid in known]
+    if mounts and int(catalog.meta("mounts") or 0) < max(mounts):
+        catalog.close()
+        aside = set_aside(path, ".old")
+        log.warning("the catalog is older than its tiers; set aside as %s and rebuilt", aside)
+        catalog = Catalog(path)
+    return catalog
 
 
 def _assemble(config: Config, tiers: list[Tier], catalog: Catalog, *, rebuild: bool) -> Volume:
@@ -224,14 +236,14 @@ def _refuse_unmounted(tier: TierConfig, members: set[tuple[str, str]]) -> None:
 
 def _open_tiers(
     config: Config, catalog: Catalog, found: list[TierIdentity | None],
-    forget: tuple[str, ...], *, new: bool,
+    forget: tuple[str, ...],
 ) -> list[Tier]:  # fmt: skip
     known = {uuid: (number, name, path) for number, uuid, name, path in catalog.known_tiers()}
     tiers = []
     for index, (tier, identity) in enumerate(zip(config.tier, found, strict=True)):
         if identity is None:
             identity = _identity_of_missing(tier, known, forget)
-        elif identity.uuid not in known and identity.members and not new:
+        elif identity.uuid not in known and identity.members and not catalog.created:
             raise TierError(
                 f"tier {tier.name}: {tier.path} belongs to another kvfs; mount it with that one's "
                 f"configuration, or remove {tier.path}/.kvfs and run "
@@ -246,7 +258,7 @@ def _open_tiers(
     _lock_all(tiers)
     try:
         _forget_absent(catalog, {tier.number for tier in tiers}, forget)
-        _remember_members(tiers)
+        _remember_members(tiers, catalog)
     except BaseException:
         for opened in tiers:
             opened.unlock()
@@ -296,10 +308,16 @@ def _lock_all(tiers: list[Tier]) -> None:
         raise
 
 
-def _remember_members(tiers: list[Tier]) -> None:
-    """Each tier's identity names all: so an unmounted disk is never taken for a new tier."""
+def _remember_members(tiers: list[Tier], catalog: Catalog) -> None:
+    """Each tier's identity names all: so an unmounted disk is never taken for a new tier.
+
+    It also counts the mounts, after the catalog does: a catalog that was left behind counts fewer.
+    """
+    counted = [tier.identity.mounts for tier in tiers]
+    mounts = max(int(catalog.meta("mounts") or 0), *counted) + 1
+    catalog.set_meta_durably("mounts", str(mounts))
     members = {t.identity.uuid: Member(t.name, str(t.config.path)) for t in tiers}
     for tier in tiers:
-        if tier.online and tier.identity.members != members:
-            tier.identity = msgspec.structs.replace(tier.identity, members=members)
+        if tier.online:
+            tier.identity = msgspec.structs.replace(tier.identity, members=members, mounts=mounts)
             write_identity(tier.config.path, tier.identity)

@@ -147,7 +147,7 @@ def _is_zombie(pid: int) -> bool:
 def check_accounts(mount: MountedKvfs) -> None:
     """Fail unless the daemon's accounts come to equal what a walk of the tiers finds.
 
-    For a mount that nobody uses; moves under way are waited for. Catalog and identity are no blocks.
+    For a mount that nobody uses; moves under way are waited for. What kvfs keeps is no block.
     """
 
     def counted() -> dict[str, tuple[int, int, int]]:
@@ -162,6 +162,5 @@ def check_accounts(mount: MountedKvfs) -> None:
 
     try:
         wait_until(lambda: counted() == walked(), "accounts that equal a walk", timeout_s=15)
-    except AssertionError:
-        assert counted() == walked()
-        raise
+    except AssertionError as error:
+        raise AssertionError(f"counted {counted()}, walked {walked()}") from error

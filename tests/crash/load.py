@@ -13,7 +13,6 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-# What the calls of a killed daemon's clients answer.
 HEADER_BYTES = 16
 GONE_EVERY = 5
 

@@ -25,9 +25,7 @@ from tests.mount.live import (
     publish,
     put_on,
     refusal_of,
-    replicas,
     scratch,
-    state,
     wait_sealed,
 )
 from tests.mounting import MountedKvfs, run_kvfs, wait_until
@@ -57,48 +55,56 @@ def refused(*command: object) -> str:
     return done.stderr
 
 
-@pytest.mark.semantics("S-attributes-1", "S-xattr-2", "S-xattr-4", "S-attributes-2")
-@pytest.mark.parametrize("again", ["remount", "rebuild"])
-@pytest.mark.parametrize("tier", ["nvme", "hdd"])
-def test_attributes_survive_a_remount_and_a_rebuild(
-    settled: MountedKvfs, tier: str, again: str
-) -> None:
-    directory = settled.path / f"model-{tier}-{again}"
-    directory.mkdir()
-    path = publish(directory / "block", os.urandom(64 * KIB))
-    put_on(settled, path, tier)
+def dress(path: Path) -> None:
+    """Give a sealed block every attribute that must survive."""
     path.chmod(0o640)
     os.chown(path, STRANGER, STRANGER + 1)
     os.utime(path, ns=(10**18, 1234567890123456789))
     os.setxattr(path, "user.vllm.kv_crc32c", b"\x00\xff\x10")
     os.setxattr(path, "user.kvfs.pin", b"1")
     os.setxattr(path, "user.kvfs.ttl", b"2h")
+
+
+def look_at(mount: MountedKvfs, path: Path) -> dict[str, object]:
+    """What must be the same afterwards."""
+    status = path.stat()
+    fields = ("st_mode", "st_uid", "st_gid", "st_size", "st_mtime_ns", "st_ino")
+    xattrs = ("user.vllm.kv_crc32c", "user.kvfs.pin", "user.kvfs.ttl", "user.kvfs.replicas",
+              "user.kvfs.state", "user.kvfs.checksum")  # fmt: skip
+    return {
+        **{field: getattr(status, field) for field in fields},
+        **{name: os.getxattr(path, name) for name in xattrs},
+        "generation": info(mount, path)["generation"],
+        "bytes": path.read_bytes(),
+    }
+
+
+@pytest.mark.semantics("S-attributes-1", "S-attributes-2", "S-xattr-2", "S-xattr-4")
+@pytest.mark.parametrize("again", ["remount", "rebuild"])
+def test_attributes_survive_a_remount_and_a_rebuild(settled: MountedKvfs, again: str) -> None:
+    directory = settled.path / f"model-{again}"
+    directory.mkdir()
+    paths = [publish(directory / tier, os.urandom(64 * KIB)) for tier in ("nvme", "hdd")]
+    for path in paths:
+        put_on(settled, path, path.name)
+        dress(path)
     directory.chmod(0o2770)
     os.chown(directory, STRANGER, STRANGER + 2)
     os.setxattr(directory, "user.origin", b"here")
     os.setxattr(directory, "user.kvfs.pin", b"1")
-    before, data = path.stat(), path.read_bytes()
-    generation = info(settled, path)["generation"]
+    before = [look_at(settled, path) for path in paths]
     if again == "remount":
         settled.remount()
     else:
         lose_catalog(settled)
-    after, parent = path.stat(), directory.stat()
-    for field in ("st_mode", "st_uid", "st_gid", "st_size", "st_mtime_ns", "st_ino"):
-        assert getattr(after, field) == getattr(before, field), field
-    assert stat.S_IMODE(after.st_mode) == 0o640
-    assert after.st_mtime_ns == 1234567890123456789
+    assert [look_at(settled, path) for path in paths] == before
+    assert before[1]["user.kvfs.replicas"] == b"hdd"
+    assert before[0]["st_mtime_ns"] == 1234567890123456789
+    parent = directory.stat()
     assert stat.S_IMODE(parent.st_mode) == 0o2770
     assert (parent.st_uid, parent.st_gid) == (STRANGER, STRANGER + 2)
-    assert path.read_bytes() == data
-    assert info(settled, path)["generation"] == generation
-    assert os.getxattr(path, "user.vllm.kv_crc32c") == b"\x00\xff\x10"
-    assert os.getxattr(path, "user.kvfs.pin") == b"1"
-    assert os.getxattr(path, "user.kvfs.ttl") == b"7200s"
     assert os.getxattr(directory, "user.origin") == b"here"
     assert os.getxattr(directory, "user.kvfs.pin") == b"1"
-    assert replicas(path) == [tier]
-    assert state(path) == "sealed"
 
 
 @pytest.mark.semantics("S-weak-4")

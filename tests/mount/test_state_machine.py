@@ -7,7 +7,6 @@ directory sizes and link counts, and extended attributes of a file without a nam
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import os
@@ -35,9 +34,11 @@ from hypothesis.stateful import (
 from kvfs.config import Config, MountConfig, TierConfig, TieringConfig
 from kvfs.control import ControlClient, find_mount
 from kvfs.errors import BlockNotFound
+from tests.mount.live import RENAME_NOREPLACE, live, renameat2
 from tests.mounting import MountedKvfs
 
 MIB = 1 << 20
+EXAMPLES = int(os.environ.get("KVFS_STATE_EXAMPLES", "40"))
 NAMES = ("a", "b", "c.bin", "d.tmp")
 FIRST_DIRECTORIES = ("a", "a/b", "b")
 FIRST_FILES = {
@@ -53,10 +54,6 @@ XATTRS = ("user.crc32c", "user.note")
 TIERS = ("nvme", "hdd", "remote")
 # Times that `utime` set; later ones are the clock's and differ.
 OLDEST_NOW_NS = 1_500_000_000 * 10**9
-RENAME_NOREPLACE = 1
-AT_FDCWD = -100
-
-libc = ctypes.CDLL(None, use_errno=True)
 
 Outcome = tuple[str, object]
 FileHandles = Bundle("file_handles")
@@ -73,13 +70,15 @@ class Pair:
 class MountAndDirectory(RuleBasedStateMachine):
     """Each example works in a directory of its own on one mount."""
 
+    # Set by the test.
+    mount: MountedKvfs
+    client: ControlClient
+    plain_parent: Path
+
     numbers = itertools.count()
 
-    def __init__(self, mount: MountedKvfs, client: ControlClient, plain: Path) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.mount = mount
-        self.client = client
-        self.plain_parent = plain
         self.open_files: list[Pair] = []
 
     @initialize(spread=st.booleans())
@@ -247,7 +246,7 @@ class MountAndDirectory(RuleBasedStateMachine):
     @rule(data=st.data())
     def rename_without_replacing(self, data: st.DataObject) -> None:
         old, new = self.a_path(data), self.a_path(data)
-        self.both(lambda root: rename_noreplace(root / old, root / new))
+        self.both(lambda root: renameat2(root / old, root / new, RENAME_NOREPLACE))
 
     @rule(data=st.data(), mode=st.sampled_from([0o600, 0o644, 0o755, 0o400]))
     def chmod(self, data: st.DataObject, mode: int) -> None:
@@ -381,13 +380,6 @@ def outcome(operation: Callable[..., object], subject: object) -> Outcome:
         return ("errno", errno.errorcode[error.errno or 0])
 
 
-def rename_noreplace(old: Path, new: Path) -> None:
-    arguments = (AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), RENAME_NOREPLACE)
-    if libc.renameat2(*arguments):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
 def content_of(file: int) -> tuple[object, ...]:
     """What an open file, with a name or without, has and is."""
     status = os.fstat(file)
@@ -433,26 +425,24 @@ def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountedKvfs]:
         interval_s=0.1, half_life_s=5, low_watermark=0.002, high_watermark=0.004,
         promote_heat=1.0, on_full="refuse",
     )  # fmt: skip
-    mounted = MountedKvfs(base, Config(tuple(tiers), tiering, MountConfig()))
-    mounted.start()
-    try:
+    with live(MountedKvfs(base, Config(tuple(tiers), tiering, MountConfig()))) as mounted:
         yield mounted
-    finally:
-        mounted.stop()
-    mounted.check_log([])
 
 
 def test_a_mount_is_a_directory(
     mount: MountedKvfs, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    plain = tmp_path_factory.mktemp("plain")
+    MountAndDirectory.mount = mount
+    MountAndDirectory.plain_parent = tmp_path_factory.mktemp("plain")
     with ControlClient(find_mount(mount.path).socket_path) as client:
-        run_state_machine_as_test(  # type: ignore[no-untyped-call] # hypothesis has no type for it
-            lambda: MountAndDirectory(mount, client, plain),
+        MountAndDirectory.client = client
+        run_state_machine_as_test(
+            MountAndDirectory,
             settings=settings(
+                max_examples=EXAMPLES,
+                stateful_step_count=40,
+                # Shrinking on a real mount takes longer than reading the steps that failed.
                 phases=[Phase.reuse, Phase.generate],
-                max_examples=int(os.environ.get("SM", "25")),
-                stateful_step_count=int(os.environ.get("SS", "30")),
             ),
         )
         counters = client.call("status")["tiers"]

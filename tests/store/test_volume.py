@@ -346,3 +346,30 @@ async def test_a_corrupt_catalog_is_set_aside_and_rebuilt(
     assert path.with_suffix(".corrupt").exists()
     assert await read(store, b"d/a") == b"data"
     await assert_consistent(store)
+
+
+# --- a catalog that was left behind
+
+
+async def test_a_catalog_older_than_its_tiers_is_rebuilt(
+    bench: Workbench, expect_log: list[str]
+) -> None:
+    """Another tier was the first one for a while; its catalog knew what this one does not."""
+    expect_log.append("the catalog is older than its tiers")
+    store = await bench.start()
+    await put(store, b"before", b"old")
+    bench.stop(store)
+    first_time = bench.config
+    nvme, hdd, remote = first_time.tier
+    bench.config = msgspec.structs.replace(first_time, tier=(hdd, nvme, remote))
+    store = await bench.start()
+    assert store.volume.rebuild
+    await put(store, b"between", b"new")
+    bench.stop(store)
+    bench.config = first_time
+    store = await bench.start()
+    assert store.volume.rebuild
+    assert await read(store, b"between") == b"new"
+    assert await read(store, b"before") == b"old"
+    assert catalog_path(first_time).with_suffix(".old").exists()
+    await assert_consistent(store)
