@@ -132,6 +132,9 @@ class Mover:
             )
             await self._publish(inode, source, target, staging, still_wanted)
         except BlockCorrupt:
+            now = self.volume.catalog.get(number)
+            if now is None or (now.state, now.generation) != (inode.state, inode.generation):
+                raise BlockBusy("it changed while it was copied") from None
             self.volume.counters.count("checksum_mismatches")
             raise
         finally:

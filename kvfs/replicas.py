@@ -84,14 +84,11 @@ class Replicas:
         if volume.config.tiering.on_full == "evict" and candidates:
             last = candidates[-1]
             wanted = max(at_least_bytes, volume.space.expected_bytes(last.index, *keys))
-            for _ in range(ROOM_ATTEMPTS):
-                if await self.make_room(last, wanted):
-                    # Another writer may have taken the room while the files were removed.
-                    reservation = volume.space.reserve(last.index, wanted)
-                    if reservation is not None:
-                        return last, reservation
-                # What is being sealed or moved now can go in a moment.
-                await trio.sleep(ROOM_RETRY_S)
+            # Another writer may take the room while the files are removed.
+            while await self.wait_for_room(last, wanted):
+                reservation = volume.space.reserve(last.index, wanted)
+                if reservation is not None:
+                    return last, reservation
         volume.counters.count("refused_full")
         raise TierFull("every tier is full")
 
@@ -100,6 +97,14 @@ class Replicas:
         _, mark = self.volume.config.tiering.watermarks(tier.config)
         if account.taken_bytes > mark * account.capacity_bytes:
             self.volume.request_tiering()
+
+    async def wait_for_room(self, tier: Tier, wanted_bytes: int) -> bool:
+        """`make_room`, tried for a while: what is being sealed or moved now can go in a moment."""
+        for _ in range(ROOM_ATTEMPTS):
+            if await self.make_room(tier, wanted_bytes):
+                return True
+            await trio.sleep(ROOM_RETRY_S)
+        return False
 
     async def make_room(self, tier: Tier, wanted_bytes: int) -> bool:
         """Evict the coldest from a tier that is full to the last byte; whether it has room then."""
@@ -136,7 +141,7 @@ class Replicas:
         if any(other.accepts and other.index > tier.index for other in self.volume.tiers):
             return False
         more = sealed(size_bytes) - block.accounted_bytes - reservation.size_bytes
-        return more > 0 and await self.make_room(tier, more)
+        return more > 0 and await self.wait_for_room(tier, more)
 
     # --- removing
 

@@ -242,7 +242,7 @@ class Verbs:
                 raise
             inode = self.store.volume.catalog.get(number)
             size = inode.size_bytes if inode else 0
-            await self.store.replicas.make_room(target, size)
+            await self.store.replicas.wait_for_room(target, size)
             return await self.store.mover.copy(number, source, target, "demote")
 
     async def _evict(self, number: int, target: Tier | None) -> int:

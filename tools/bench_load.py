@@ -7,6 +7,7 @@ the filesystem. Knows nothing of mounts: a load is given paths. Called by `kvfs.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import multiprocessing
 import os
@@ -43,14 +44,30 @@ class Lap:
     cpu_s: float
 
 
+@functools.lru_cache(maxsize=4)
+def _buffer(size: int) -> mmap.mmap:
+    """An aligned buffer whose pages are there already, as an engine's are."""
+    buffer = mmap.mmap(-1, size)
+    buffer.write(bytes(size))
+    return buffer
+
+
+@functools.lru_cache(maxsize=4)
+def _pieces(size: int) -> tuple[memoryview, ...]:
+    """A block's content, as it is written."""
+    payload = memoryview(os.urandom(size))
+    starts = range(0, size, WRITE_PIECE_BYTES)
+    return tuple(payload[start : start + WRITE_PIECE_BYTES] for start in starts)
+
+
 def _read(share: Share, flags: int) -> None:
-    with mmap.mmap(-1, share.block_bytes) as buffer:
-        for path in share.paths:
-            descriptor = os.open(path, flags)
-            length = os.preadv(descriptor, [buffer], 0)
-            os.close(descriptor)
-            if length != share.block_bytes:
-                raise KvfsError(f"{path}: read {length} bytes instead of {share.block_bytes}")
+    buffers = [_buffer(share.block_bytes)]
+    for path in share.paths:
+        descriptor = os.open(path, flags)
+        length = os.preadv(descriptor, buffers, 0)
+        os.close(descriptor)
+        if length != share.block_bytes:
+            raise KvfsError(f"{path}: read {length} bytes instead of {share.block_bytes}")
 
 
 def read(share: Share) -> None:
@@ -62,11 +79,7 @@ def read_direct(share: Share) -> None:
 
 
 def put(share: Share) -> None:
-    payload = memoryview(os.urandom(share.block_bytes))
-    pieces = [
-        payload[start : start + WRITE_PIECE_BYTES]
-        for start in range(0, share.block_bytes, WRITE_PIECE_BYTES)
-    ]
+    pieces = _pieces(share.block_bytes)
     for path in share.paths:
         temporary = path + ".tmp"
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -111,6 +124,9 @@ def _work(pipe: Connection) -> None:
             return
         if share is None:
             return
+        if share.block_bytes:
+            _buffer(share.block_bytes)
+            _pieces(share.block_bytes)
         pipe.send(READY)
         pipe.recv()
         try:

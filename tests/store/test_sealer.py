@@ -252,6 +252,22 @@ async def test_a_writer_that_comes_meanwhile_prevents_the_commit(
     await assert_consistent(store)
 
 
+@pytest.mark.parametrize("sealed_before", [False, True])
+async def test_a_writer_that_came_and_went_meanwhile_prevents_the_commit(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, sealed_before: bool
+) -> None:
+    store = await bench.start()
+    block = await create(store, b"a", b"0123456789")
+    await store.blocks.close(block, writer=True)
+    if sealed_before:
+        await seal_all(store)
+        await rewrite(store, b"a", b"X")
+    during_sealing(monkeypatch, lambda: rewrite(store, b"a", b"Y"))
+    assert await store.sealer.seal_pending() == {block.inode}
+    assert await read(store, b"a") == b"Y123456789"
+    await assert_consistent(store)
+
+
 async def test_a_block_that_is_unlinked_meanwhile_stays_gone(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
