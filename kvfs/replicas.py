@@ -7,6 +7,7 @@ unlink never waits for a disk, and a tier that is offline learns of it when it r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -355,13 +356,12 @@ class Replicas:
             return
         if catalog.replica_at(tier.number, intent.target) not in (None, intent.inode):
             return
-        try:
+        # Renamed before a crash, but perhaps without the record that says so.
+        with contextlib.suppress(FileNotFoundError):
             await tier.run(_rename_stored, tier, intent.path, intent.target)
-        except FileNotFoundError:
-            return
         inode = catalog.get(intent.inode)
         if inode and inode.kind == Kind.BLOCK and inode.state == BlockState.SEALED:
-            await tier.run(_raise_generation, tier, intent.target, inode.generation)
+            await tier.run(_raise_generation, tier, intent.target, inode)
 
 
 def _remove_stored(tier: Tier, stored: bytes) -> None:
@@ -402,8 +402,8 @@ def merge_directory(source: bytes, target: bytes) -> None:
     os.rmdir(source)
 
 
-def _raise_generation(tier: Tier, stored: bytes, generation: int) -> None:
+def _raise_generation(tier: Tier, stored: bytes, inode: Inode) -> None:
     absolute = tier.root + b"/" + stored
     seal = tier.read_seal(absolute)
-    if seal is not None:
-        tier.write_seal(absolute, seal.at_generation(generation))
+    if seal is not None and seal.inode == inode.id:
+        tier.write_seal(absolute, seal.at_generation(inode.generation))
