@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from kvfs import layout, schema
-from kvfs.errors import CatalogError
 from kvfs.rows import GOOD, ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
 
 DIRECTORY_PATHS_CACHED = 16_384
@@ -487,29 +486,3 @@ class Catalog:
             if replica.tier == tier and bool(replica.fanned) == fanned:
                 return inode.id
         return None
-
-
-def open_catalog(path: Path) -> tuple[Catalog, Path | None]:
-    """Open, or set a corrupt one aside and begin anew; the path of what was set aside.
-
-    Raises CatalogError when the schema is newer than this kvfs, or the disk is full, say.
-    """
-    try:
-        return Catalog(path), None
-    except CatalogError:
-        raise
-    except sqlite3.OperationalError as error:
-        raise CatalogError(f"the catalog {path} cannot be opened: {error}") from None
-    except sqlite3.DatabaseError:
-        aside = set_aside(path, ".corrupt")
-        return Catalog(path), aside
-
-
-def set_aside(path: Path, suffix: str) -> Path:
-    """Rename a catalog with its log; where it is now."""
-    aside = path.with_suffix(suffix)
-    for part in ("", "-wal", "-shm"):
-        source = Path(f"{path}{part}")
-        if source.exists():
-            source.rename(f"{aside}{part}")
-    return aside

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,11 @@ import trio
 
 from kvfs import layout
 from kvfs.accesses import Accesses
-from kvfs.catalog import Catalog, open_catalog, set_aside
+from kvfs.catalog import Catalog
 from kvfs.claims import Claims
 from kvfs.clock import Clock
 from kvfs.config import Config, TierConfig
-from kvfs.errors import TierError
+from kvfs.errors import CatalogError, TierError
 from kvfs.metrics import Counters
 from kvfs.rows import ROOT_INODE, Kind
 from kvfs.space import Space
@@ -142,6 +143,32 @@ def open_volume(config: Config, forget: tuple[str, ...] = ()) -> Volume:
         if catalog.created and not existed:
             path.unlink(missing_ok=True)
         raise
+
+
+def open_catalog(path: Path) -> tuple[Catalog, Path | None]:
+    """Open, or set a corrupt one aside and begin anew; the path of what was set aside.
+
+    Raises CatalogError when the schema is newer than this kvfs, or the disk is full, say.
+    """
+    try:
+        return Catalog(path), None
+    except CatalogError:
+        raise
+    except sqlite3.OperationalError as error:
+        raise CatalogError(f"the catalog {path} cannot be opened: {error}") from None
+    except sqlite3.DatabaseError:
+        aside = set_aside(path, ".corrupt")
+        return Catalog(path), aside
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Rename a catalog with its log; where it is now."""
+    aside = path.with_suffix(suffix)
+    for part in ("", "-wal", "-shm"):
+        source = Path(f"{path}{part}")
+        if source.exists():
+            source.rename(f"{aside}{part}")
+    return aside
 
 
 def _open_current(path: Path, found: list[TierIdentity | None]) -> Catalog:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfs.config import Config
+from kvfs.mount.session import is_dead
 from kvfs.tools.watch_capacity import allocated_bytes
 from kvfs.units import format_duration
 
@@ -119,10 +120,12 @@ class MountedKvfs:
         wait_until(lambda: self.status()["unsealed"] == 0, "everything sealed")
 
     def kill(self) -> None:
-        """SIGKILL the daemon and wait until it is gone; the mount is dead then."""
+        """SIGKILL the daemon and wait until its mount is dead."""
         pid = int(self.status()["pid"])
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: has_ended(pid), "daemon gone")
+        # Its threads close the connection one by one; until then requests are still taken.
+        wait_until(lambda: is_dead(self.path), "mount dead")
 
     def check_log(self, expected: list[str]) -> None:
         """Fail on a warning, error or traceback in the daemon's log that was not expected."""

@@ -8,6 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 limit_s=2400
 base=$(mktemp -d "${TMPDIR:-/tmp}/kvfs-test-XXXXXX") || exit 1
 base=$(realpath "$base")
+# Some tests read as another user.
+chmod 755 "$base"
 # pytest and each process that a test starts inherit both.
 mark=KVFS_TEST_RUN=$base
 export TMPDIR=$base

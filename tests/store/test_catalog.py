@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfs import schema
-from kvfs.catalog import Catalog, open_catalog
+from kvfs.catalog import Catalog
 from kvfs.errors import CatalogError, exit_code_of
 from kvfs.rows import ROOT_INODE, SUSPECT, BlockState, Kind
+from kvfs.volume import open_catalog
 
 
 @pytest.fixture
