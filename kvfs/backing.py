@@ -1,4 +1,4 @@
-"""Backing files of blocks on a tier: make, open, fetch. Blocking functions for `Tier.run`."""
+"""Backing files of blocks on a tier: make, open, rename, fetch. Functions for `Tier.run`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import errno
 import logging
 import os
 import tempfile
+from collections.abc import Callable
+from typing import TypeVar
 
 from kvfs import layout
 from kvfs.copying import copy_file
@@ -13,6 +15,8 @@ from kvfs.rows import Inode
 from kvfs.tier import Tier
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def create_file(tier: Tier, path: bytes, fanned: bool, inode: Inode) -> int:
@@ -23,18 +27,52 @@ def create_file(tier: Tier, path: bytes, fanned: bool, inode: Inode) -> int:
     """
     absolute = tier.locate(path, fanned)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    for _ in range(8):
-        try:
-            descriptor = os.open(absolute, flags, 0o600)
-        except FileNotFoundError:
+    descriptor = in_directory(tier, absolute, lambda: _open_new(absolute, flags))
+    if os.geteuid() == 0 and (inode.uid, inode.gid) != (0, 0):
+        os.fchown(descriptor, inode.uid, inode.gid)
+    return descriptor
+
+
+def _open_new(absolute: bytes, flags: int) -> int:
+    try:
+        return os.open(absolute, flags, 0o600)
+    except FileExistsError:
+        os.unlink(absolute)
+        return os.open(absolute, flags, 0o600)
+
+
+def in_directory(tier: Tier, absolute: bytes, act: Callable[[], T]) -> T:
+    """Do something with a path whose directories may be missing; they are made then. Blocking.
+
+    Directories exist on a tier while a file needs them: other threads remove those that are
+    empty, under the same lock.
+    """
+    try:
+        return act()
+    except FileNotFoundError:
+        with tier.directory_lock:
             os.makedirs(os.path.dirname(absolute), exist_ok=True)
-        except FileExistsError:
-            os.unlink(absolute)
-        else:
-            if os.geteuid() == 0 and (inode.uid, inode.gid) != (0, 0):
-                os.fchown(descriptor, inode.uid, inode.gid)
-            return descriptor
-    raise OSError(errno.EBUSY, "its directory keeps vanishing", os.fsdecode(absolute))
+            return act()
+
+
+def rename_into_place(tier: Tier, source: bytes, target: bytes) -> None:
+    """rename(2) that makes missing directories, even while others remove empty ones. Blocking."""
+    try:
+        os.rename(source, target)
+    except FileNotFoundError:
+        os.lstat(source)
+        in_directory(tier, target, lambda: os.rename(source, target))
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        _merge_directory(tier, source, target)
+
+
+def _merge_directory(tier: Tier, source: bytes, target: bytes) -> None:
+    """Move what is in a directory into another that has left-overs. Blocking."""
+    for name in os.listdir(source):
+        rename_into_place(tier, source + b"/" + name, target + b"/" + name)
+    os.rmdir(source)
 
 
 def open_file(tier: Tier, path: bytes, fanned: bool, flags: int, expected: int | None) -> int:

@@ -17,10 +17,11 @@ import trio
 
 from kvfs import layout
 from kvfs.attributes import PIN, TTL, seal_from
+from kvfs.backing import rename_into_place
 from kvfs.copying import copy_file
 from kvfs.errors import BlockBusy, BlockCorrupt, BlockNotFound, TierFull, TierOffline
 from kvfs.policy import Move, MoveKind
-from kvfs.replicas import Replicas, largest, rename_into_place
+from kvfs.replicas import Replicas, largest
 from kvfs.rows import BlockState, Inode, Kind
 from kvfs.seal import Seal, checksum_of
 from kvfs.space import sealed
@@ -195,7 +196,7 @@ class Mover:
                 # A promotion keeps its source: only a demotion must outlive a power loss.
                 durable = target.index > source.index
                 final = target.locate(path, fanned)
-                allocated = await target.run(put_in_place, staging, final, durable)
+                allocated = await target.run(put_in_place, target, staging, final, durable)
                 tau = replicas[source.number].tau
                 with catalog.transaction():
                     catalog.add_replica(inode.id, target.number, allocated, tau, fanned=fanned)
@@ -281,9 +282,9 @@ def copy_verified(
     return copied
 
 
-def put_in_place(staging: bytes, final: bytes, durable: bool) -> int:
+def put_in_place(tier: Tier, staging: bytes, final: bytes, durable: bool) -> int:
     """Rename a complete copy to its name; the bytes it allocates. Blocking."""
-    rename_into_place(staging, final)
+    rename_into_place(tier, staging, final)
     if durable:
         directory = os.open(os.path.dirname(final), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

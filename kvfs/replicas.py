@@ -8,7 +8,6 @@ unlink never waits for a disk, and a tier that is offline learns of it when it r
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 from collections import Counter
@@ -19,6 +18,7 @@ import trio
 import xxhash
 
 from kvfs import heat, layout, scans
+from kvfs.backing import rename_into_place
 from kvfs.errors import BlockBusy, BlockNotFound, TierFull
 from kvfs.open_block import OpenBlock
 from kvfs.rows import GOOD, BlockState, Inode, Intent, Kind, Replica
@@ -372,34 +372,9 @@ def _remove_stored(tier: Tier, stored: bytes) -> None:
 def _rename_stored(tier: Tier, source: bytes, target: bytes) -> None:
     """Rename below a tier's root, making the target's directories. Repeating is harmless."""
     old, new = tier.root + b"/" + source, tier.root + b"/" + target
-    rename_into_place(old, new)
+    rename_into_place(tier, old, new)
     if tier.index > 0:
         tier.remove_empty_parents(os.path.dirname(old))
-
-
-def rename_into_place(source: bytes, target: bytes) -> None:
-    """rename(2) that makes missing directories, even while others remove empty ones. Blocking."""
-    for _ in range(8):
-        try:
-            os.rename(source, target)
-        except FileNotFoundError:
-            os.lstat(source)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            merge_directory(source, target)
-            return
-        else:
-            return
-    raise OSError(errno.EBUSY, "the target's directory keeps vanishing", os.fsdecode(target))
-
-
-def merge_directory(source: bytes, target: bytes) -> None:
-    """Move what is in a directory into another that has left-overs. Blocking."""
-    for name in os.listdir(source):
-        rename_into_place(source + b"/" + name, target + b"/" + name)
-    os.rmdir(source)
 
 
 def _raise_generation(tier: Tier, stored: bytes, inode: Inode) -> None:

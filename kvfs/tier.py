@@ -90,6 +90,8 @@ class Tier:
         self.root = os.fsencode(config.path)
         self.inline = index == 0 and config.medium == "nvme"
         self.remote = config.medium == "remote"
+        # Held by threads that make directories for a file or remove those that are empty.
+        self.directory_lock = threading.Lock()
         self.limiter = trio.CapacityLimiter(config.concurrency)
         self.state: State = "online"
         # An admin empties it: nothing new is put here.
@@ -272,12 +274,13 @@ class Tier:
 
     def remove_empty_parents(self, directory: bytes) -> None:
         """Directories exist on a slower tier only while a file needs them. Blocking."""
-        while len(directory) > len(self.root):
-            try:
-                os.rmdir(directory)
-            except OSError:
-                return
-            directory = os.path.dirname(directory)
+        with self.directory_lock:
+            while len(directory) > len(self.root):
+                try:
+                    os.rmdir(directory)
+                except OSError:
+                    return
+                directory = os.path.dirname(directory)
 
     def remove_directory(self, path: bytes) -> None:
         """Remove a directory that the catalog knows to be empty, with its fan-out. Blocking."""
