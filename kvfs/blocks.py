@@ -115,7 +115,9 @@ class Blocks:
             return await tier.run_open(create_file, tier, path, fanned, inode)
         except OSError as error:
             # ext4 refuses names of a crowded directory with space and inodes free.
-            if error.errno != errno.ENOSPC or fanned or tier.free_bytes() < PAGE_BYTES:
+            if error.errno != errno.ENOSPC or fanned:
+                raise
+            if await tier.run(tier.free_bytes) < PAGE_BYTES:
                 raise
             with self.volume.catalog.transaction():
                 self.volume.catalog.set_fanned(inode.id, tier.number, True)

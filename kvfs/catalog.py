@@ -19,6 +19,8 @@ from kvfs.rows import GOOD, ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
 
 DIRECTORY_PATHS_CACHED = 16_384
 BATCH_ROWS = 500
+# What the write-ahead log is cut to once it has been moved into the database.
+LOG_BYTES = 16 << 20
 
 _INODE = ", ".join(f"i.{column}" for column in Inode._fields)
 _REPLICA = ", ".join(Replica._fields)
@@ -35,6 +37,7 @@ class Catalog:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA cache_size = -16384")
+            self._db.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
             # A service checkpoints from a thread: an fsync would stop the loop.
             self._db.execute("PRAGMA wal_autocheckpoint = 0")
             self.created = schema.prepare(self._db)

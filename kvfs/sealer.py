@@ -19,7 +19,7 @@ from kvfs.replicas import Replicas, largest
 from kvfs.rows import GOOD, BlockState, Inode, Kind
 from kvfs.seal import Seal, checksum_of, no_writer_left
 from kvfs.tier import TIER_ERRNOS, Tier
-from kvfs.volume import Volume
+from kvfs.volume import SEALS_REMEMBERED, Volume
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class Sealed:
     checksum: bytes | None = None
     generation: int = 0
     status: os.stat_result | None = None
+    error: str = ""
 
 
 class Sealer:
@@ -53,6 +54,7 @@ class Sealer:
     def __init__(self, volume: Volume, replicas: Replicas) -> None:
         self.volume = volume
         self.replicas = replicas
+        self._complained: set[int] = set()
 
     async def run(self) -> None:
         """Seal what is asked for, and look for what was forgotten every half minute."""
@@ -117,15 +119,31 @@ class Sealer:
         for start in range(0, len(jobs), size):
             batch = jobs[start : start + size]
             try:
-                results = await trio.to_thread.run_sync(
-                    seal_files, tier, batch, limiter=tier.limiter, abandon_on_cancel=tier.remote
-                )
+                results = await self._in_thread(tier, batch)
             except (OSError, TierOffline) as error:
                 log.error("tier %s: sealing: %s", tier.name, error)
                 again.update(job.inode.id for job in batch)
                 continue
+            self._complain(tier, results)
             again.update(self._commit(tier, results))
             again.update({job.inode.id for job in batch} - {done.job.inode.id for done in results})
+
+    async def _in_thread(self, tier: Tier, jobs: list[Job]) -> list[Sealed]:
+        """Hashing takes a while: never on the loop, and on a remote tier not without a deadline."""
+        if tier.remote:
+            return await tier.run(seal_files, tier, jobs)
+        return await trio.to_thread.run_sync(seal_files, tier, jobs, limiter=tier.limiter)
+
+    def _complain(self, tier: Tier, results: Iterable[Sealed]) -> None:
+        """Say once of a file that it cannot be sealed; it is tried again all the same."""
+        for sealed in results:
+            number = sealed.job.inode.id
+            if not sealed.error:
+                self._complained.discard(number)
+            elif number not in self._complained and len(self._complained) < SEALS_REMEMBERED:
+                self._complained.add(number)
+                path = os.fsdecode(sealed.job.path)
+                log.error("tier %s: sealing %r: %s", tier.name, path, sealed.error)
 
     def _commit(self, tier: Tier, results: Iterable[Sealed]) -> set[int]:
         """Record what was sealed; what must be tried again."""
@@ -208,8 +226,7 @@ def seal_files(tier: Tier, jobs: list[Job]) -> list[Sealed]:
             # A file that cannot be sealed must not keep the others of its batch from it.
             if error.errno in TIER_ERRNOS:
                 raise
-            log.error("tier %s: sealing %r: %s", tier.name, os.fsdecode(job.path), error)
-            results.append(Sealed(job))
+            results.append(Sealed(job, error=str(error)))
     return results
 
 

@@ -214,14 +214,15 @@ def _find_identity(tier: TierConfig) -> TierIdentity | None:
         raise TierError(
             f"tier {tier.name}: {tier.path} does not exist; create it or mount its disk"
         )
-    _check_capacity(tier)
+    check_capacity(tier)
     try:
         return read_identity(tier.path)
     except FileNotFoundError:
         return None
 
 
-def _check_capacity(tier: TierConfig) -> None:
+def check_capacity(tier: TierConfig) -> None:
+    """Raise TierError for a capacity that the filesystem at its path cannot have."""
     status = os.statvfs(tier.path)
     size_bytes = status.f_blocks * status.f_frsize
     if size_bytes and tier.capacity_bytes > size_bytes:

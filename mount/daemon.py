@@ -21,7 +21,14 @@ import msgspec
 import pyfuse3
 import trio
 
-from kvfs.config import Config, check_config, config_to_builtins, load_config, reloadable_changes
+from kvfs.config import (
+    Config,
+    TierConfig,
+    check_config,
+    config_to_builtins,
+    load_config,
+    reloadable_changes,
+)
 from kvfs.errors import ConfigError, KvfsError, MountpointError
 from kvfs.metrics import prometheus_text
 from kvfs.mount import services
@@ -34,8 +41,9 @@ from kvfs.mount.tiering import Tiering
 from kvfs.mount.verbs import Verbs
 from kvfs.seal import ignore_lease_breaks
 from kvfs.store import Store
+from kvfs.tier import Tier
 from kvfs.views import Views
-from kvfs.volume import open_volume
+from kvfs.volume import check_capacity, open_volume
 
 log = logging.getLogger(__name__)
 
@@ -186,15 +194,11 @@ class Daemon:
             raise ConfigError("mounted without a configuration file: there is nothing to reload")
         new = load_config(path)
         check_config(new, self.mountpoint)
+        changed = self._changed_tiers(new)
         applied, needs_remount = reloadable_changes(old, new)
-        by_name = {tier.name: tier for tier in new.tier}
-        for tier in self.volume.tiers:
-            if tier.name in by_name:
-                changed = msgspec.structs.replace(
-                    by_name[tier.name], path=tier.config.path, medium=tier.config.medium
-                )
-                tier.reconfigure(changed)
-                self.volume.space[tier.index].capacity_bytes = changed.capacity_bytes
+        for opened, config in changed:
+            opened.reconfigure(config)
+            self.volume.space[opened.index].capacity_bytes = config.capacity_bytes
         tiers = tuple(tier.config for tier in self.volume.tiers)
         self.volume.config = msgspec.structs.replace(old, tiering=new.tiering, tier=tiers)
         self.volume.accesses.half_life_s = new.tiering.half_life_s
@@ -203,6 +207,22 @@ class Daemon:
         if needs_remount:
             log.warning("these need a remount: %s", ", ".join(needs_remount))
         return applied, needs_remount
+
+    def _changed_tiers(self, new: Config) -> list[tuple[Tier, TierConfig]]:
+        """The mounted tiers with their new limits, checked. Paths and media stay."""
+        by_name = {tier.name: tier for tier in new.tier}
+        changed = []
+        for opened in self.volume.tiers:
+            if opened.name not in by_name:
+                continue
+            config = msgspec.structs.replace(
+                by_name[opened.name], path=opened.config.path, medium=opened.config.medium
+            )
+            # A remote mount that hangs must not stop the loop; it was checked when mounted.
+            if not opened.remote:
+                check_capacity(config)
+            changed.append((opened, config))
+        return changed
 
     def _reload_on_signal(self) -> None:
         try:
