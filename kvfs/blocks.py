@@ -426,7 +426,7 @@ class Blocks:
                 f"/proc/self/fd/{block.writer_fd}", os.O_RDONLY | os.O_CLOEXEC
             )
         os.close(block.writer_fd)
-        block.writer_fd = -1
+        block.writer_fd, block.unseen = -1, False
         if block.reservation:
             block.reservation.release()
         if block.orphan is None:
@@ -436,6 +436,8 @@ class Blocks:
         volume = self.volume
         allocated = status.st_blocks * 512
         columns = {"size_bytes": status.st_size}
+        if block.unseen:
+            block.attributes_of(status)
         row = volume.catalog.get(block.inode)
         if block.written and row is not None:
             # The mtime may have been set to an older one since.

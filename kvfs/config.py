@@ -105,6 +105,7 @@ class MountConfig(Struct, frozen=True, forbid_unknown_fields=True):
     log_level: LogLevel = "info"
     fsname: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.:/@-]{1,64}\Z")] = "kvfs"
     catalog: Path | None = None
+    passthrough: Literal["auto", "require", "off"] = "auto"
 
 
 class Config(Struct, frozen=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -38,6 +39,13 @@ class OpenBlock:
     written: bool = False
     fetched: bool = False
     reservation: Reservation | None = None
+    # How the kernel reads it, fixed while it is open: "passthrough" (with the id under which the
+    # backing file is registered), "served" by the daemon, or "" while only kvfs has it open.
+    mode: str = ""
+    backing_id: int = 0
+    unregister: Callable[[int], None] | None = None
+    # A writer's bytes go past the daemon: the backing file tells size and time.
+    unseen: bool = False
     orphan: Inode | None = None
     held_bytes: int = 0
     lock: trio.Lock = field(default_factory=trio.Lock)
@@ -61,8 +69,15 @@ class OpenBlock:
         self.written = True
         self.size_bytes, self.mtime_ns = size_bytes, time.time_ns()
 
+    def attributes_of(self, status: os.stat_result) -> None:
+        """A writer went past the daemon: this is what it made of the file."""
+        self.written = True
+        self.size_bytes, self.mtime_ns = status.st_size, status.st_mtime_ns
+
     def attributes(self, inode: Inode) -> Inode:
         """The row as it will be when the writer closes."""
+        if self.unseen and self.descriptor >= 0:
+            self.attributes_of(os.fstat(self.descriptor))
         if not self.written:
             return inode
         return inode._replace(
@@ -78,6 +93,9 @@ class OpenBlock:
         self.accounted_bytes = 0
 
     def close_descriptors(self) -> None:
+        if self.backing_id and self.unregister is not None:
+            self.unregister(self.backing_id)
+            self.backing_id = 0
         for descriptor in {self.reader_fd, self.writer_fd} - {-1}:
             os.close(descriptor)
         self.reader_fd = self.writer_fd = -1

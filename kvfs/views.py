@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -28,6 +29,8 @@ class Views:
         self.socket_path = socket_path
         self.started_s = time.time()
         self.queued_moves = 0
+        # How reads reach the bytes; the mount says.
+        self.data_path: Callable[[], dict[str, Any]] = dict
 
     def statistics(self) -> dict[str, Any]:
         """The document of `.kvfs/stats` and `kvfs status --json`."""
@@ -47,6 +50,7 @@ class Views:
             "directories": volume.directories,
             "unsealed": volume.catalog.count_unsealed(),
             "open": len(store.replicas.open_blocks),
+            "data_path": self.data_path(),
             "duplicate_bytes": volume.space.duplicate_bytes,
             "tiers": self.tiers(),
             "moves": {

@@ -8,7 +8,7 @@ import pickle
 import sys
 
 from kvfs.errors import KvfsError
-from kvfs.mount.daemon import run
+from kvfs.mount.passthrough import preload
 from kvfs.mount.session import refusal_of
 
 log = logging.getLogger("kvfs.mount.background")
@@ -28,6 +28,9 @@ def main() -> int:
             os.close(ready)
 
     try:
+        preload()
+        from kvfs.mount.daemon import run  # pyfuse3 must come after the reply extension
+
         return run(mountpoint, config, forget_tiers, on_ready=lambda: tell(b"ready"))
     except KvfsError as error:
         tell(refusal_of(error))

@@ -15,6 +15,7 @@ import pyfuse3
 from kvfs.errors import FilesystemError, NotPermitted
 
 CONTROL_INODE = 1 << 62
+PROBE = b"probe"
 
 
 class ControlDirectory:
@@ -36,7 +37,7 @@ class ControlDirectory:
         return CONTROL_INODE + 1 + self._names.index(name)
 
     def entries(self) -> list[tuple[bytes, int]]:
-        return [(name, self.lookup(name)) for name in self._names]
+        return [(name, self.lookup(name)) for name in self._names if name != PROBE]
 
     def content(self, inode: int) -> bytes:
         """A snapshot. Raises FilesystemError(EISDIR)."""
@@ -54,6 +55,10 @@ class ControlDirectory:
         entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = self._started_ns
         entry.attr_timeout = entry.entry_timeout = 0
         return entry
+
+    def is_probe(self, inode: int) -> bool:
+        """The file that shows whether passthrough works."""
+        return self._names[inode - CONTROL_INODE - 1] == PROBE if inode > CONTROL_INODE else False
 
     def refuse(self) -> NotPermitted:
         """The answer to every change."""

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import msgspec
 import pyfuse3
 import trio
 
+from kvfs import layout
 from kvfs.config import (
     Config,
     TierConfig,
@@ -32,9 +34,10 @@ from kvfs.config import (
 from kvfs.errors import ConfigError, KvfsError, MountpointError
 from kvfs.metrics import prometheus_text
 from kvfs.mount import services
-from kvfs.mount.control_dir import ControlDirectory
+from kvfs.mount.control_dir import PROBE, ControlDirectory
 from kvfs.mount.invalidate import Invalidator
 from kvfs.mount.operations import Operations
+from kvfs.mount.passthrough import Channel, Passthrough, is_preloaded
 from kvfs.mount.server import ControlServer, socket_path_for
 from kvfs.mount.session import detach, set_up_logging, umount2
 from kvfs.mount.tiering import Tiering
@@ -89,7 +92,10 @@ class Daemon:
         )
         self.invalidator = Invalidator()
         self.volume.name_changed = self.invalidator.name_changed
-        self.operations = Operations(self.store, self._control_directory())
+        self.passthrough = Passthrough()
+        self.views.data_path = self.passthrough.describe
+        self._channel: Channel | None = None
+        self.operations = Operations(self.store, self._control_directory(), self.passthrough)
 
     def _control_directory(self) -> ControlDirectory:
         def document(make: Callable[[], object]) -> Callable[[], bytes]:
@@ -100,6 +106,7 @@ class Daemon:
             b"metrics": lambda: prometheus_text(self.views.statistics()),
             b"config": document(lambda: config_to_builtins(self.volume.config)),
             b"tiers": document(self.views.tiers),
+            PROBE: lambda: (self.passthrough.reason or "passthrough").encode() + b"\n",
         })  # fmt: skip
 
     async def serve(self) -> None:
@@ -119,8 +126,12 @@ class Daemon:
                 await self._finish(clean=clean)
 
     def _mount(self) -> None:
-        options = set(pyfuse3.default_options)
         config = self.volume.config.mount
+        if config.passthrough != "off" and self._mount_for_passthrough():
+            return
+        if config.passthrough == "require":
+            raise MountpointError(f"passthrough is required: {self.passthrough.reason}")
+        options = set(pyfuse3.default_options)
         options |= {f"fsname={config.fsname}", "subtype=kvfs"}
         if config.allow_other:
             options.add("allow_other")
@@ -131,6 +142,24 @@ class Daemon:
                 f"{self.mountpoint}: mounting failed ({error}); `kvfs doctor` says what is missing"
             ) from None
 
+    def _mount_for_passthrough(self) -> bool:
+        """Mount through a channel of our own; False when only libfuse's way is left."""
+        config = self.volume.config.mount
+        if not is_preloaded():
+            self.passthrough.reason = "the reply extension is not built"
+            return False
+        if os.geteuid() != 0:
+            self.passthrough.reason = "the daemon lacks CAP_SYS_ADMIN"
+            return False
+        try:
+            self._channel = Channel(self.mountpoint, config.fsname, allow_other=config.allow_other)
+        except OSError as error:
+            self.passthrough.reason = f"mount(2) failed: {error}"
+            return False
+        self.passthrough.use(self._channel)
+        pyfuse3.init(self.operations, self._channel.path, set())
+        return True
+
     async def _serve_mounted(self) -> None:
         try:
             async with trio.open_nursery() as nursery:
@@ -138,6 +167,8 @@ class Daemon:
                 await nursery.start(self.server.run)
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self._announce)
+                if self._channel is not None:
+                    nursery.start_soon(self._channel.finish)
                 await pyfuse3.main(min_tasks=2, max_tasks=MAX_FUSE_TASKS)
                 nursery.cancel_scope.cancel()
         finally:
@@ -164,9 +195,44 @@ class Daemon:
         ask = partial(trio.to_thread.run_sync, abandon_on_cancel=True)
         await ask(os.listdir, self.mountpoint)
         await ask(raise_read_ahead, self.mountpoint)
+        if self._channel is not None:
+            await self._probe_passthrough(self._channel)
+        elif self.volume.config.mount.passthrough != "off":
+            self.passthrough.decide(works=False, reason=self.passthrough.reason)
         log.info("mounted on %s", self.mountpoint)
         notify_systemd("READY=1")
         self._on_ready()
+
+    async def _probe_passthrough(self, channel: Channel) -> None:
+        """Read a file whose bytes only the kernel can have fetched."""
+        if not channel.offered:
+            self.passthrough.decide(works=False, reason="the kernel does not offer it (6.9 does)")
+        else:
+            token = os.urandom(16).hex().encode()
+            staging = os.fsdecode(self.volume.tiers[0].root + b"/" + layout.STAGING_DIR)
+            with tempfile.TemporaryFile(dir=staging) as file:
+                file.write(token)
+                file.flush()
+                await self._read_probe(file.fileno(), token)
+        if self.volume.config.mount.passthrough == "require" and not self.passthrough.active:
+            raise MountpointError(f"passthrough is required: {self.passthrough.reason}")
+
+    async def _read_probe(self, descriptor: int, token: bytes) -> None:
+        try:
+            self.operations.probe_id = self.passthrough.register(descriptor)
+        except OSError as error:
+            self.passthrough.decide(works=False, reason=f"registering a file failed: {error}")
+            return
+        path = self.mountpoint / os.fsdecode(layout.PRIVATE_DIR) / os.fsdecode(PROBE)
+        try:
+            seen = await trio.to_thread.run_sync(path.read_bytes, abandon_on_cancel=True)
+            works, reason = seen == token, "the probe's bytes came through the daemon"
+        except OSError as error:
+            works, reason = False, f"the probe could not be read: {error}"
+        finally:
+            self.passthrough.unregister(self.operations.probe_id)
+            self.operations.probe_id = 0
+        self.passthrough.decide(works=works, reason=reason)
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:

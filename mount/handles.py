@@ -11,6 +11,8 @@ from kvfs.blocks import Blocks
 from kvfs.open_block import OpenBlock
 
 # The kernel splits a large read into requests of at most 1 MiB.
+# The upper 32 bits of a handle carry a backing id.
+HANDLE_MASK = (1 << 32) - 1
 AHEAD_FROM_BYTES = 128 << 10
 AHEAD_BLOCK_BYTES = 32 << 20
 AHEAD_TOTAL_BYTES = 256 << 20
@@ -41,8 +43,10 @@ class Handles:
         return len(self._handles)
 
     def add(self, handle: Handle) -> int:
+        while self._next in self._handles:
+            self._next = self._next % HANDLE_MASK + 1
         number = self._next
-        self._next += 1
+        self._next = self._next % HANDLE_MASK + 1
         self._handles[number] = handle
         return number
 
@@ -50,10 +54,10 @@ class Handles:
         return list(self._handles)
 
     def __getitem__(self, number: int) -> Handle:
-        return self._handles[number]
+        return self._handles[number & HANDLE_MASK]
 
     def remove(self, number: int) -> Handle:
-        handle = self._handles.pop(number)
+        handle = self._handles.pop(number & HANDLE_MASK)
         self._set_ahead(handle, b"", 0)
         return handle
 

@@ -29,6 +29,8 @@ from kvfs.errors import (
 from kvfs.mount.control_dir import CONTROL_INODE, ControlDirectory
 from kvfs.mount.handles import Handle, Handles
 from kvfs.mount.inodes import InodeTable
+from kvfs.mount.passthrough import BACKING_ID_SHIFT, Passthrough
+from kvfs.open_block import OpenBlock
 from kvfs.rows import ROOT_INODE, Inode, Kind
 from kvfs.store import Store
 
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 STATFS_BLOCK_BYTES = 4096
+# What registering says of a filesystem that lies too deep, or has no such files.
+NOT_STACKABLE = frozenset({errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM})
 LISTING_BATCH = 256
 # Directory cookies: 1 and 2 are "." and "..", then inode + 2; inodes start at 1.
 DOT, DOT_DOT, COOKIE_SHIFT = 1, 2, 2
@@ -70,10 +74,14 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, store: Store, control: ControlDirectory) -> None:
+    def __init__(self, store: Store, control: ControlDirectory, passthrough: Passthrough) -> None:
         super().__init__()
         self.store = store
         self.control = control
+        self.passthrough = passthrough
+        # A registered file with the probe's token; 0: the daemon answers the probe.
+        self.probe_id = 0
+        self._unstackable: set[int] = set()
         self.inodes = InodeTable()
         self.handles = Handles(store.blocks)
         self._options = store.volume.config.mount
@@ -301,6 +309,7 @@ class Operations(pyfuse3.Operations):
             info = await self._open(found.id, flags, ctx.uid)
             return info, self._given(self.store.namespace.get(found.id) or found)
         self.store.namespace.directory_changed(parent)
+        block.mode = "served"
         fh = self.handles.add(Handle(block, writer=True))
         return pyfuse3.FileInfo(fh=fh), self._given(inode)
 
@@ -310,6 +319,8 @@ class Operations(pyfuse3.Operations):
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise self.control.refuse()
             fh = self.handles.add(Handle(snapshot=self.control.content(inode)))
+            if self.control.is_probe(inode):
+                return pyfuse3.FileInfo(fh=fh | self.probe_id << BACKING_ID_SHIFT)
             return pyfuse3.FileInfo(fh=fh, direct_io=True)
         return await self._open(inode, flags, ctx.uid)
 
@@ -321,10 +332,40 @@ class Operations(pyfuse3.Operations):
             if counted and uid not in self.store.volume.config.tiering.quiet_uids:
                 self.store.volume.accesses.touch(inode, self.store.volume.clock.now_s())
             fh = self.handles.add(Handle(block))
+            if self._goes_past(block):
+                return pyfuse3.FileInfo(fh=fh | block.backing_id << BACKING_ID_SHIFT)
             # A sealed block never changes, so what the kernel has of it stays good.
             return pyfuse3.FileInfo(fh=fh, keep_cache=not block.writers)
         block = await blocks.open_writer(inode, truncate=bool(flags & os.O_TRUNC))
-        return pyfuse3.FileInfo(fh=self.handles.add(Handle(block, writer=True)))
+        fh = self.handles.add(Handle(block, writer=True))
+        if block.mode == "passthrough":
+            # The kernel takes one way per inode: a writer joins the readers that are there.
+            block.unseen = True
+            return pyfuse3.FileInfo(fh=fh | block.backing_id << BACKING_ID_SHIFT)
+        block.mode = "served"
+        return pyfuse3.FileInfo(fh=fh)
+
+    def _goes_past(self, block: OpenBlock) -> bool:
+        """Whether a reader's bytes go past the daemon; decided by the first open of the block."""
+        if not block.mode:
+            local = not block.tier.remote and not block.fetched
+            wanted = self.passthrough.active and local and not block.writers
+            block.mode = "passthrough" if wanted and self._register(block) else "served"
+        self.store.volume.counters.count(f"opens_{block.mode}")
+        return block.mode == "passthrough"
+
+    def _register(self, block: OpenBlock) -> bool:
+        if block.tier.index in self._unstackable:
+            return False
+        try:
+            block.backing_id = self.passthrough.register(block.descriptor)
+        except OSError as error:
+            if error.errno in NOT_STACKABLE:
+                self._unstackable.add(block.tier.index)
+                log.warning("tier %s is not passed through: %s", block.tier.name, error)
+            return False
+        block.unregister = self.passthrough.unregister
+        return True
 
     @answered
     async def read(self, fh: int, off: int, size: int) -> bytes:

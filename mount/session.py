@@ -19,6 +19,7 @@ from pathlib import Path
 from kvfs.config import Config, check_config
 from kvfs.control import ControlClient, find_mount, kvfs_mountpoints
 from kvfs.errors import KvfsError, MountpointError, NotPermitted, exit_code_of
+from kvfs.mount.passthrough import preload
 
 MNT_FORCE, MNT_DETACH = 1, 2
 POLL_S = 0.02
@@ -71,6 +72,7 @@ def is_dead(mountpoint: Path) -> bool:
 
 def mount_foreground(mountpoint: Path, config: Config, *, forget_tiers: tuple[str, ...]) -> int:
     """Serve until unmounted; the exit status."""
+    preload()
     from kvfs.mount.daemon import run  # needs pyfuse3, which unmounting does not
 
     check_config(config, mountpoint)

@@ -55,7 +55,7 @@ install_packages() {
 # What the contents of .venv depend on. Its scripts hold absolute paths, so the place counts too.
 fingerprint() {
     pwd
-    cat pyproject.toml tools/bootstrap.sh | sha256sum
+    cat pyproject.toml tools/bootstrap.sh mount/_reply.c | sha256sum
 }
 
 venv_works() {

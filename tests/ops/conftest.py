@@ -11,6 +11,7 @@ import pytest
 from kvfs.config import Config
 from kvfs.mount.control_dir import ControlDirectory
 from kvfs.mount.operations import Operations
+from kvfs.mount.passthrough import Passthrough
 from kvfs.store import Store
 from kvfs.volume import open_volume
 
@@ -21,7 +22,8 @@ async def operations(make_config: Callable[..., Config]) -> AsyncIterator[Operat
     volume = open_volume(make_config())
     store = Store(volume)
     await store.recovery.before_serving()
-    made = Operations(store, ControlDirectory({b"stats": lambda: b"{}", b"tiers": lambda: b"[]"}))
+    control = ControlDirectory({b"stats": lambda: b"{}", b"tiers": lambda: b"[]"})
+    made = Operations(store, control, Passthrough())
     yield made
     await made.close_all()
     volume.close(clean=True)
