@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from kvfs.config import Config, check_config, default_config, load_config, parse_tier_option
@@ -21,6 +23,14 @@ from kvfs.tools.render import name_text
 
 def register(app: typer.Typer) -> None:
     app.command("mount")(mount)
+
+
+class Passthrough(StrEnum):
+    """The values of `[mount] passthrough`."""
+
+    AUTO = "auto"
+    REQUIRE = "require"
+    OFF = "off"
 
 
 def mount(
@@ -40,6 +50,12 @@ def mount(
     foreground: Annotated[
         bool, typer.Option("--foreground", "-f", help="Stay, and log to stderr.")
     ] = False,
+    passthrough: Annotated[
+        Passthrough | None,
+        typer.Option(
+            "--passthrough", help="Reads past the daemon: if possible, or fail, or never."
+        ),
+    ] = None,
     forget_tier: Annotated[
         list[str] | None,
         typer.Option("--forget-tier", metavar="NAME", help="Give up the blocks only it has."),
@@ -56,6 +72,9 @@ def mount(
         raise UsageError("--foreground logs to stderr: leave out --log-file")
     absolute = Path(os.path.realpath(mountpoint))
     effective = effective_config(config, tier or ())
+    if passthrough is not None:
+        changed = msgspec.structs.replace(effective.mount, passthrough=passthrough.value)
+        effective = msgspec.structs.replace(effective, mount=changed)
     check_config(effective, absolute)
     forget = tuple(forget_tier or ())
     with _fuse_needed():

@@ -178,6 +178,9 @@ def status_view(stats: dict[str, Any]) -> Group:
         f"{count_text(stats['directories'])} directories"
     )
     parts: list[RenderableType] = [title, Text(contents)]
+    reason = stats.get("data_path", {}).get("reason")
+    if reason:
+        parts.append(Text(f"reads go through the daemon: {reason}", style="yellow"))
     parts += [Text(f"! {problem}", style="bold red") for problem in problems(stats)]
     parts += [Text(), _tier_table(stats["tiers"]), Text(), _traffic_table(stats["tiers"])]
     parts += [Text(), *_moves_view(stats["moves"])]

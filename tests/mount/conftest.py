@@ -19,11 +19,16 @@ def shared_log() -> list[str]:
     return []
 
 
-@pytest.fixture(scope="module")
-def shared(shared_log: list[str]) -> Iterator[MountedKvfs]:
-    """Three tiers of 64, 128 and 256 MiB, on which nothing is promoted by heat."""
-    with scratch() as base, live(MountedKvfs(base, config_in(base)), shared_log) as mount:
-        yield mount
+@pytest.fixture(scope="module", params=["auto", "off"], ids=["passthrough", "served"])
+def shared(shared_log: list[str], request: pytest.FixtureRequest) -> Iterator[MountedKvfs]:
+    """Three tiers of 64, 128 and 256 MiB, on which nothing is promoted by heat.
+
+    Once with reads that go past the daemon, where the machine can, and once without.
+    """
+    with scratch() as base:
+        mount = MountedKvfs(base, config_in(base, passthrough=request.param))
+        with live(mount, shared_log):
+            yield mount
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kvfs.config import Config, MountConfig, TierConfig, TieringConfig
 from kvfs.control import ControlClient, find_mount
@@ -25,7 +25,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def config_in(
-    base: Path, capacities_mib: Mapping[str, int] | None = None, **tiering: object
+    base: Path,
+    capacities_mib: Mapping[str, int] | None = None,
+    passthrough: Literal["auto", "require", "off"] = "auto",
+    **tiering: object,
 ) -> Config:
     """Tiers below `base`; without other word nothing is promoted by heat."""
     sizes = capacities_mib or {"nvme": 64, "hdd": 128, "remote": 256}
@@ -35,7 +38,8 @@ def config_in(
         path.mkdir(exist_ok=True)
         tiers.append(TierConfig(name, path, name, size * MIB))  # type: ignore[arg-type] # media
     settings = {"promote_heat": 1000.0, **tiering}
-    return Config(tuple(tiers), TieringConfig(**settings), MountConfig())  # type: ignore[arg-type] # keywords of the caller
+    mount = MountConfig(passthrough=passthrough)
+    return Config(tuple(tiers), TieringConfig(**settings), mount)  # type: ignore[arg-type] # keywords of the caller
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,7 @@ def empty(mount: MountedKvfs) -> None:
     wait_until(lambda: taken() < 4 * MIB, "room")
 
 
-def reload(mount: MountedKvfs, **tiering: object) -> None:
+def reload(mount: MountedKvfs, **tiering: Any) -> None:
     """Change the configuration file and have the daemon read it, by SIGHUP."""
     config = config_in(mount.path.parent, CAPACITIES_MIB, interval_s=0.1, **tiering)
     mount.config_file.write_text(toml_of(config))
