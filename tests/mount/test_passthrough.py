@@ -136,7 +136,7 @@ def stacked(tmp_path: Path) -> Iterator[Path]:
     for part in parts.values():
         part.mkdir()
     options = ",".join(f"{name}={parts[name]}" for name in ("lowerdir", "upperdir", "workdir"))
-    command = ["mount", "-t", "overlay", "overlay", "-o", options, parts["merged"]]
+    command = ["mount", "-t", "overlay", "overlay", "-o", options, str(parts["merged"])]
     if os.geteuid() != 0 or subprocess.run(command, check=False).returncode != 0:
         pytest.skip("overlayfs cannot be mounted here")
     yield parts["merged"]
