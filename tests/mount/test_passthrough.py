@@ -54,6 +54,26 @@ def test_bytes_of_a_sealed_block_do_not_pass_the_daemon(past: MountedKvfs, tier:
     assert served_bytes(past) == before
 
 
+@pytest.mark.semantics("S-read-2")
+def test_unaligned_direct_reads_are_answered_by_the_filesystem_of_the_tier(
+    past: MountedKvfs,
+) -> None:
+    path = publish(past.path / "aligned", bytes(64 * KIB))
+    wait_sealed(path)
+
+    def unaligned(file: Path) -> int | None:
+        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        try:
+            os.pread(descriptor, 100, 17)
+        except OSError as error:
+            return error.errno
+        finally:
+            os.close(descriptor)
+        return None
+
+    assert unaligned(path) == unaligned(past.tiers["nvme"] / "aligned")
+
+
 def test_a_remote_block_is_served(past: MountedKvfs) -> None:
     data = os.urandom(MIB)
     path = publish(past.path / "far", data)
