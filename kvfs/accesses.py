@@ -61,6 +61,10 @@ class Accesses:
             taken.append(self._pending.popitem())
         return taken
 
+    def put_back(self, entries: list[tuple[int, Pending]]) -> None:
+        """These could not be flushed: they are pending again."""
+        self._pending.update(entries)
+
     def flushed(self, entries: list[tuple[int, Pending]], now_s: float) -> None:
         """These are in the catalog; remember their times for as long as they matter."""
         self._flushed = {i: t for i, t in self._flushed.items() if now_s - t < SAME_ACCESS_S}

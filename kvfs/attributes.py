@@ -125,7 +125,7 @@ class Attributes:
 
     async def _on_replicas(self, inode: Inode, function: Any, *args: Any) -> None:
         """Call `function(tier, absolute path, *args)` on each copy that can be reached."""
-        path = await self.blocks.path_when_free(inode.id)
+        path = await self.blocks.paths.free_block(inode.id)
         if inode.kind == Kind.DIRECTORY:
             places = [(self.volume.tiers[0], False)]
         else:

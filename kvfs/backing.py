@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,8 +12,6 @@ from kvfs import layout
 from kvfs.copying import copy_file
 from kvfs.rows import Inode
 from kvfs.tier import Tier
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -30,6 +27,25 @@ def create_file(tier: Tier, path: bytes, fanned: bool, inode: Inode) -> int:
     descriptor = in_directory(tier, absolute, lambda: _open_new(absolute, flags))
     if os.geteuid() == 0 and (inode.uid, inode.gid) != (0, 0):
         os.fchown(descriptor, inode.uid, inode.gid)
+    return descriptor
+
+
+def continue_file(tier: Tier, path: bytes, fanned: bool, inode: Inode, source: int) -> int:
+    """A new backing file with what `source` has so far; nothing is left when that fails. Blocking.
+
+    The source is duplicated: its number may be another file's when a slow tier answers at last.
+    """
+    source = os.dup(source)
+    try:
+        descriptor = create_file(tier, path, fanned, inode)
+        try:
+            copy_file(source, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            tier.remove(path, fanned)
+            raise
+    finally:
+        os.close(source)
     return descriptor
 
 
@@ -81,8 +97,8 @@ def open_file(tier: Tier, path: bytes, fanned: bool, flags: int, expected: int |
     descriptor = os.open(absolute, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
     if expected is not None and (size := os.fstat(descriptor).st_size) != expected:
         os.close(descriptor)
-        log.error("%s has %d bytes, sealed with %d", os.fsdecode(absolute), size, expected)
-        raise FileNotFoundError(errno.ENOENT, "not the sealed length", os.fsdecode(absolute))
+        reason = f"{size} bytes, sealed with {expected}"
+        raise FileNotFoundError(errno.ENOENT, reason, os.fsdecode(absolute))
     return descriptor
 
 

@@ -6,22 +6,23 @@ so whoever decides about the block meanwhile (mover, eviction) sees that it is o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import stat
-
-import trio
+from collections.abc import Awaitable, Callable
 
 from kvfs import heat, layout
-from kvfs.backing import create_file, fetch_file, open_file
-from kvfs.copying import copy_file, write_all
-from kvfs.errors import BlockExists, BlockStale, FilesystemError, TierFull, TierOffline
+from kvfs.backing import continue_file, create_file, fetch_file, open_file
+from kvfs.copying import try_write
+from kvfs.errors import BlockExists, BlockStale, TierFull, TierOffline
 from kvfs.open_block import OpenBlock
+from kvfs.paths import Paths
 from kvfs.replicas import Replicas, ghost_key, largest
 from kvfs.rows import SUSPECT, BlockState, Inode, Kind, Replica
-from kvfs.space import PAGE_BYTES, rounded, sealed
-from kvfs.tier import Tier
+from kvfs.space import PAGE_BYTES, Reservation, rounded, sealed
+from kvfs.tier import Tier, close_descriptor
 from kvfs.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Blocks:
     def __init__(self, volume: Volume, replicas: Replicas) -> None:
         self.volume = volume
         self.replicas = replicas
+        self.paths = Paths(volume)
         self._open = replicas.open_blocks
 
     # --- opening
@@ -43,12 +45,12 @@ class Blocks:
         """A new block in state writing, open for writing. Raises BlockExists, TierFull."""
         catalog, volume = self.volume.catalog, self.volume
         layout.check_name(name)
-        path = self.path_in(parent, name)
-        self.check_length(path)
+        path = self.paths.of_name(parent, name)
+        self.paths.check_length(path)
         keys = (parent, layout.namespace_of(path))
         tier, reservation = await self.replicas.place(PAGE_BYTES, *keys)
         try:
-            path = await self.path_in_when_free(parent, name)
+            path = await self.paths.free_name(parent, name)
             if catalog.lookup(parent, name) is not None:
                 raise BlockExists(os.fsdecode(path))
             fanned = catalog.is_crowded(parent)
@@ -61,33 +63,15 @@ class Blocks:
         self._open[inode.id] = block
         try:
             async with block.lock:
-                block.writer_fd = await self._make_file(tier, path, fanned, inode)
+                # A directory above must not move while the file is made.
+                path = await self.paths.free_block(inode.id)
+                async with self.volume.claims.hold(path):
+                    block.writer_fd = await self._make_file(tier, path, fanned, inode)
         except BaseException:
             self._undo_create(block, inode)
             raise
         volume.counters.count("creates")
         return inode, block
-
-    def path_in(self, parent: int, name: bytes) -> bytes:
-        """The path of a name in a directory. Raises FilesystemError(ENOENT)."""
-        directory = self.volume.catalog.directory_path(parent)
-        if directory is None:
-            raise FilesystemError(errno.ENOENT)
-        return layout.join(directory, name)
-
-    async def path_in_when_free(self, parent: int, name: bytes) -> bytes:
-        """`path_in`, once nobody is changing it or a directory above it."""
-        while True:
-            path = self.path_in(parent, name)
-            if self.volume.claims.is_free(path):
-                return path
-            await self.volume.claims.wait(path)
-
-    def check_length(self, path: bytes) -> None:
-        """ENAMETOOLONG for what some tier could not store."""
-        longest = max(len(tier.root) for tier in self.volume.tiers)
-        if longest + len(path) > layout.PATH_MAX_BYTES:
-            raise FilesystemError(errno.ENAMETOOLONG)
 
     def _insert(
         self, parent: int, name: bytes, path: bytes, owner: tuple[int, int, int],
@@ -124,23 +108,13 @@ class Blocks:
             return await tier.run_open(create_file, tier, path, True, inode)
 
     def _undo_create(self, block: OpenBlock, inode: Inode) -> None:
+        if block.reservation:
+            block.reservation.release()
+        del self._open[inode.id]
         with self.volume.catalog.transaction():
             self.volume.catalog.delete(inode.id)
         self.volume.space.remove(block.tier.index, 0)
         self.volume.blocks -= 1
-        if block.reservation:
-            block.reservation.release()
-        del self._open[inode.id]
-
-    async def path_when_free(self, inode: int) -> bytes:
-        """The path of a block, once nobody is changing it. Raises BlockStale."""
-        while True:
-            path = self.volume.catalog.path_of(inode)
-            if path is None:
-                raise BlockStale("the block is gone")
-            if self.volume.claims.is_free(path):
-                return path
-            await self.volume.claims.wait(path)
 
     async def open_reader(self, inode: int) -> OpenBlock:
         """Open for reading on the fastest replica, or the one that is open already.
@@ -156,11 +130,11 @@ class Blocks:
             try:
                 if block.descriptor < 0:
                     await self._open_descriptor(block)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
                 self._drop_user(block, writer=False)
                 row = self.volume.catalog.get(inode)
                 if row is not None:
-                    self.replicas.lose(row, block.tier)
+                    self.replicas.lose(row, block.tier, error.strerror or "no such file")
                 continue
             except BaseException:
                 self._drop_user(block, writer=False)
@@ -182,21 +156,53 @@ class Blocks:
         async with block.lock:
             if block.descriptor >= 0:
                 return
-            path = await self.path_when_free(block.inode)
-            replica = self._replica_of(block)
-            if replica is None:
-                raise FileNotFoundError(errno.ENOENT, "the replica went away")
-            fanned = bool(replica.fanned)
-            row = self.volume.catalog.get(block.inode)
-            expected = row.size_bytes if row and row.state == BlockState.SEALED else None
-            if block.tier.remote:
-                fetched = await self._fetch(block, path, fanned, expected)
-                if fetched >= 0:
-                    block.reader_fd, block.fetched = fetched, True
+            await self.replicas.catch_up(block.tier)
+            path = await self.paths.free_block(block.inode)
+            with contextlib.suppress(FileNotFoundError):
+                await self._open_for_reading(block, path, self._is_fanned(block))
+                if self.volume.catalog.path_of(block.inode) == path:
                     return
-            block.reader_fd = await block.tier.run_open(
-                open_file, block.tier, path, fanned, os.O_RDONLY, expected
-            )
+                # Renamed meanwhile: another block's file may have been there.
+                block.close_descriptors()
+            await self._while_claimed(block, self._open_for_reading)
+
+    async def _while_claimed(
+        self, block: OpenBlock, opening: Callable[[OpenBlock, bytes, bool], Awaitable[None]]
+    ) -> None:
+        """Open a file whose name nobody can change. FileNotFoundError: it is really gone.
+
+        On a tier that was away its rename may be promised still: that is done first then.
+        """
+        await self.replicas.catch_up(block.tier)
+        for settled in (False, True):
+            path = await self.paths.free_block(block.inode)
+            try:
+                async with self.volume.claims.hold(path):
+                    await opening(block, path, self._is_fanned(block))
+            except FileNotFoundError:
+                if settled or self._replica_of(block) is None:
+                    raise
+            else:
+                return
+            await self.replicas.settle(block.tier)
+
+    def _is_fanned(self, block: OpenBlock) -> bool:
+        replica = self._replica_of(block)
+        if replica is None:
+            raise FileNotFoundError(errno.ENOENT, "the replica went away")
+        return bool(replica.fanned)
+
+    async def _open_for_reading(self, block: OpenBlock, path: bytes, fanned: bool) -> None:
+        row = self.volume.catalog.get(block.inode)
+        expected = row.size_bytes if row and row.state == BlockState.SEALED else None
+        if block.tier.remote:
+            fetched = await self._fetch(block, path, fanned, expected)
+            if fetched >= 0:
+                block.reader_fd, block.fetched = fetched, True
+                return
+        block.reader_fd = await block.tier.run_open(
+            open_file, block.tier, path, fanned, os.O_RDONLY, expected
+        )
 
     def _replica_of(self, block: OpenBlock) -> Replica | None:
         for replica in self.volume.catalog.replicas(block.inode):
@@ -232,42 +238,54 @@ class Blocks:
 
         Its other replicas are suspect until the last close decides whether it changed.
         """
-        path = await self.path_when_free(inode)
-        block = self._open.get(inode)
-        if block is None:
-            block = OpenBlock(inode, self._choose(inode)[0])
-            self._open[inode] = block
-        block.writers += 1
-        try:
-            async with block.lock:
-                if block.writer_fd < 0:
-                    await self._become_writable(block, path)
-            if truncate:
-                await self.truncate(block, 0)
-        except BaseException:
-            await self.close(block, writer=True)
-            raise
-        return block
+        while True:
+            await self.paths.free_block(inode)
+            block = self._open.get(inode)
+            if block is None:
+                block = OpenBlock(inode, self._choose(inode)[0])
+                self._open[inode] = block
+            block.writers += 1
+            try:
+                async with block.lock:
+                    if block.writer_fd < 0:
+                        await self._while_claimed(block, self._open_for_writing)
+                if truncate:
+                    await self.truncate(block, 0)
+            except FileNotFoundError:
+                await self.close(block, writer=True)
+                row = self.volume.catalog.get(inode)
+                if row is None or block.users:
+                    raise BlockStale("the block is gone") from None
+                self.replicas.lose(row, block.tier)
+                continue
+            except BaseException:
+                await self.close(block, writer=True)
+                raise
+            return block
 
-    async def _become_writable(self, block: OpenBlock, path: bytes) -> None:
+    async def _open_for_writing(self, block: OpenBlock, path: bytes, fanned: bool) -> None:
         """Open the replica's file for writing and unseal the block. `block.lock` is held."""
-        replica = self._replica_of(block)
-        if replica is None:
-            raise BlockStale("the block is gone")
-        descriptor = await block.tier.run_open(
-            open_file, block.tier, path, bool(replica.fanned), os.O_RDWR, None
-        )
+        tier = block.tier
+        descriptor = await tier.run_open(open_file, tier, path, fanned, os.O_RDWR, None)
+        try:
+            if not block.written:
+                block.size_bytes = (await tier.run(os.fstat, descriptor)).st_size
+            # By descriptor: another file may have the name by now.
+            await tier.run(tier.clear_seal, descriptor)
+            replica = self._replica_of(block)
+            if replica is None:
+                raise BlockStale("the block is gone")
+        except BaseException:
+            close_descriptor(tier, descriptor)
+            raise
         if block.fetched:
             os.close(block.reader_fd)
             block.reader_fd, block.fetched = -1, False
         if block.reservation:
             block.reservation.release()
-        if not block.written:
-            block.size_bytes = (await block.tier.run(os.fstat, descriptor)).st_size
         block.writer_fd = descriptor
         block.accounted_bytes = replica.allocated_bytes
-        block.reservation = self.volume.space.reserve(block.tier.index, 0)
-        await block.tier.run(block.tier.clear_seal, block.tier.locate(path, bool(replica.fanned)))
+        block.reservation = self.volume.space.reserve(tier.index, 0)
         self._unseal(block)
 
     def _unseal(self, block: OpenBlock) -> None:
@@ -304,7 +322,7 @@ class Blocks:
         end = offset + len(data)
         done = False
         if block.tier.inline and not block.lock.locked() and self._cover(block, end):
-            done = _try_write(block.writer_fd, data, offset)
+            done = try_write(block.writer_fd, data, offset)
         if not done:
             async with block.lock:
                 await self._write_locked(block, offset, data)
@@ -316,7 +334,7 @@ class Blocks:
         end = offset + len(data)
         while True:
             if self._cover(block, end) and await block.tier.run(
-                _try_write, block.writer_fd, data, offset
+                try_write, block.writer_fd, data, offset
             ):
                 return
             await self._spill(block, end)
@@ -334,35 +352,45 @@ class Blocks:
             return
         target, reservation = await self.replicas.place(end, after=block.tier.index)
         try:
-            path = await self.path_when_free(block.inode)
+            path = await self.paths.free_block(block.inode)
             async with self.volume.claims.hold(path):
-                await self._continue_on(block, target, path)
+                await self._continue_on(block, target, path, reservation)
         except BaseException:
-            reservation.release()
+            if block.reservation is not reservation:
+                reservation.release()
             raise
-        if block.reservation:
-            block.reservation.release()
-        block.reservation = reservation
         self.volume.counters.count("spills")
 
-    async def _continue_on(self, block: OpenBlock, target: Tier, path: bytes) -> None:
+    async def _continue_on(
+        self, block: OpenBlock, target: Tier, path: bytes, reservation: Reservation
+    ) -> None:
         catalog, source = self.volume.catalog, block.tier
         row, replica = catalog.get(block.inode), self._replica_of(block)
         if row is None or replica is None:
             raise BlockStale("the block is gone")
         fanned = bool(replica.fanned)
-        descriptor = await target.run_open(create_file, target, path, fanned, row)
-        await target.run(copy_file, block.writer_fd, descriptor)
-        with catalog.transaction():
-            replicas = catalog.replicas(row.id)
-            promised = self.replicas.promise_removal(row.id, path, [replica], inline_too=True)
-            catalog.drop_replica(row.id, source.number)
-            catalog.add_replica(row.id, target.number, 0, replica.tau, fanned=fanned)
+        descriptor = await target.run_open(
+            continue_file, target, path, fanned, row, block.writer_fd
+        )
+        try:
+            with catalog.transaction():
+                replicas = catalog.replicas(row.id)
+                promised = self.replicas.promise_removal(row.id, path, [replica], inline_too=True)
+                catalog.drop_replica(row.id, source.number)
+                catalog.add_replica(row.id, target.number, 0, replica.tau, fanned=fanned)
+        except BaseException:
+            close_descriptor(target, descriptor)
+            raise
         self.replicas.account_spill(replicas, source, target)
         block.close_descriptors()
         block.tier, block.writer_fd, block.accounted_bytes = target, descriptor, 0
-        await source.run(source.remove, path, fanned)
-        catalog.intent_done(promised[source.number])
+        if block.reservation:
+            block.reservation.release()
+        block.reservation = reservation
+        # Promised: a tier that fails now does it later.
+        with contextlib.suppress(OSError, TierOffline):
+            await source.run(source.remove, path, fanned)
+            catalog.intent_done(promised[source.number])
 
     async def truncate(self, block: OpenBlock, size: int) -> None:
         """Set the length of a block that is open for writing."""
@@ -375,8 +403,9 @@ class Blocks:
     async def fsync(self, block: OpenBlock, *, data_only: bool) -> None:
         """Bytes are on the medium, and a file still being written is published."""
         flush = os.fdatasync if data_only else os.fsync
-        if block.descriptor >= 0 and not block.fetched:
-            await trio.to_thread.run_sync(flush, block.descriptor, limiter=block.tier.limiter)
+        async with block.lock:
+            if block.descriptor >= 0 and not block.fetched:
+                await block.tier.run_in_thread(flush, block.descriptor)
         row = self.volume.catalog.get(block.inode)
         if block.writers and row and row.state == BlockState.WRITING and not block.orphan:
             with self.volume.catalog.transaction():
@@ -392,9 +421,13 @@ class Blocks:
             self._drop_user(block, writer=False)
             return
         if block.writers == 1 and block.writer_fd >= 0:
-            async with block.lock:
-                if block.writers == 1:
-                    await self._finish_writing(block)
+            try:
+                async with block.lock:
+                    if block.writers == 1:
+                        await self._finish_writing(block)
+            finally:
+                self._drop_user(block, writer=True)
+            return
         self._drop_user(block, writer=True)
 
     def _drop_user(self, block: OpenBlock, *, writer: bool) -> None:
@@ -418,15 +451,24 @@ class Blocks:
             status = await block.tier.run(os.fstat, block.writer_fd)
         except (OSError, TierOffline) as error:
             log.error("tier %s: close of inode %d: %s", block.tier.name, block.inode, error)
+            block.retire_writer()
             return
         if block.orphan is None:
-            self._record(block, status)
-        if block.readers and block.writer_fd >= 0 and block.reader_fd < 0:
-            block.reader_fd = os.open(
-                f"/proc/self/fd/{block.writer_fd}", os.O_RDONLY | os.O_CLOEXEC
-            )
-        os.close(block.writer_fd)
-        block.writer_fd, block.unseen = -1, False
+            # What is not recorded now the sealer records.
+            with self.volume.tolerate("recording a closed file"):
+                self._record(block, status)
+        try:
+            if block.readers and block.reader_fd < 0:
+                block.reader_fd = await block.tier.run_open(
+                    os.open, f"/proc/self/fd/{block.writer_fd}", os.O_RDONLY | os.O_CLOEXEC
+                )
+            descriptor, block.writer_fd = block.writer_fd, -1
+            # A network filesystem writes what it has of the file now.
+            await block.tier.run(os.close, descriptor)
+        except (OSError, TierOffline) as error:
+            log.error("tier %s: close of inode %d: %s", block.tier.name, block.inode, error)
+            block.retire_writer()
+        block.unseen = False
         if block.reservation:
             block.reservation.release()
         if block.orphan is None:
@@ -455,14 +497,3 @@ class Blocks:
         path = volume.catalog.path_of(block.inode)
         if entry and path:
             volume.space.learn(status.st_size, entry[0], layout.namespace_of(path))
-
-
-def _try_write(descriptor: int, data: bytes, offset: int) -> bool:
-    """False when the medium is full; what was written then is written again elsewhere."""
-    try:
-        write_all(descriptor, data, offset)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return False
-    return True

@@ -8,6 +8,7 @@ files. Callers keep several changes together with `transaction()`.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ DIRECTORY_PATHS_CACHED = 16_384
 BATCH_ROWS = 500
 # What the write-ahead log is cut to once it has been moved into the database.
 LOG_BYTES = 16 << 20
+PAGE_BYTES = 4096
 
 _INODE = ", ".join(f"i.{column}" for column in Inode._fields)
 _REPLICA = ", ".join(Replica._fields)
@@ -59,9 +61,14 @@ class Catalog:
         self._db.close()
 
     @staticmethod
-    def checkpoint(connection: sqlite3.Connection) -> None:
-        """Move the log into the database; cheap to repeat."""
-        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    def checkpoint(connection: sqlite3.Connection) -> int:
+        """Move the log into the database; cheap to repeat. How long the log is."""
+        _, frames, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        return int(frames) * PAGE_BYTES
+
+    def log_bytes(self) -> int:
+        """Size of the log file."""
+        return os.stat(f"{self.path}-wal").st_size
 
     def reader(self) -> sqlite3.Connection:
         """A read-only connection for a worker thread, which closes it."""
@@ -453,11 +460,12 @@ class Catalog:
         assert cursor.lastrowid is not None
         return Intent(cursor.lastrowid, tier, kind, inode, path, target)
 
-    def intents(self, tier: int) -> list[Intent]:
-        """What is left to do on a tier, in order."""
+    def intents(self, tier: int, *, upto: int | None = None) -> list[Intent]:
+        """What is left to do on a tier, in order; `upto` an intent and with it."""
         rows = self._db.execute(
-            "SELECT id, tier, kind, inode, path, target FROM intent WHERE tier = ? ORDER BY id",
-            (tier,),
+            "SELECT id, tier, kind, inode, path, target FROM intent"
+            " WHERE tier = ? AND id <= ifnull(?, id) ORDER BY id",
+            (tier, upto),
         )
         done = set(self._intents_done)
         return [Intent._make(row) for row in rows if row[0] not in done]

@@ -21,7 +21,7 @@ from msgspec import Meta, Struct, field
 
 from kvfs.errors import ConfigError
 from kvfs.layout import PRIVATE_DIR
-from kvfs.units import MAX_SIZE_BYTES, parse_duration, parse_size
+from kvfs.units import MAX_SIZE_BYTES, parse_duration, parse_size, printable
 
 Medium = Literal["nvme", "hdd", "remote"]
 OnFull = Literal["evict", "refuse"]
@@ -293,9 +293,7 @@ def _translate(error: msgspec.ValidationError, kind: type[Struct], source: str) 
 def _refusal(source: str, key: str, reason: str) -> ConfigError:
     text = ": ".join(part for part in (source, key, reason) if part)
     # A quoted TOML key or a file name may have newlines; the message has one line.
-    return ConfigError(
-        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    )
+    return ConfigError(printable(text))
 
 
 # --- checks over the whole --------------------------------------------------------------------

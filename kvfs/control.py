@@ -38,6 +38,7 @@ from kvfs.errors import (
     exit_code_of,
     is_expected,
 )
+from kvfs.units import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -194,7 +195,7 @@ def error_answer(request_id: int, error: BaseException) -> Error:
         message = str(error)
     else:
         message = f"the daemon failed with {type(error).__name__}: its log has the traceback"
-    return Error(request_id, ErrorBody(errno_of(error), exit_code_of(error), one_line(message)))
+    return Error(request_id, ErrorBody(errno_of(error), exit_code_of(error), printable(message)))
 
 
 def remote_error(body: ErrorBody) -> KvfsError:
@@ -205,11 +206,6 @@ def remote_error(body: ErrorBody) -> KvfsError:
     error = FilesystemError(body.errno, body.message)
     error.exit_code = body.exit_code
     return error
-
-
-def one_line(text: str) -> str:
-    """`text` for a message: without line breaks, and with the bytes of bad names escaped."""
-    return " ".join(text.split()).encode(errors="backslashreplace").decode()
 
 
 def _names_as_bytes(value: Any) -> Any:
@@ -246,7 +242,7 @@ def _decode_wire(data: bytes) -> _Wire:
     try:
         wire = _decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise InvalidOperation(f"malformed control message: {one_line(str(error))}") from error
+        raise InvalidOperation(f"malformed control message: {printable(str(error))}") from error
     if wire.v != VERSION:
         raise InvalidOperation(
             f"control protocol {wire.v} is not the {VERSION} spoken here: use one kvfs version"
@@ -446,7 +442,7 @@ def _socket_of(entry: _MountEntry, shown: str) -> str:
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-            raise MountpointError(
+            raise DaemonUnavailable(
                 f"the mount at {mountpoint} is dead: run `kvfs mount` again "
                 f"or `kvfs umount {mountpoint}`"
             ) from error

@@ -28,6 +28,17 @@ def write_all(descriptor: int, data: bytes, offset: int) -> None:
         offset += done
 
 
+def try_write(descriptor: int, data: bytes, offset: int) -> bool:
+    """False when the medium is full; what was written then is written again elsewhere."""
+    try:
+        write_all(descriptor, data, offset)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return False
+    return True
+
+
 def copy_file(source: int, target: int, progress: Callable[[int], None] | None = None) -> int:
     """Copy a whole file to the beginning of another; bytes copied. `progress` gets the total."""
     length = os.fstat(source).st_size

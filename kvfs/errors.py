@@ -12,7 +12,7 @@ Exit codes of the command (documented in docs/OPERATIONS.md):
 3   the configuration is wrong
 4   a tier is wrong: missing, foreign, overlapping, too small
 5   the mountpoint is wrong: not empty, a file, busy; or the path is in no kvfs mount
-6   no daemon answers
+6   no daemon answers, or the mount is dead
 7   the catalog cannot be used
 8   no such block or directory
 9   not permitted
@@ -24,6 +24,11 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+
+_DISK_CODES = frozenset(
+    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
+     sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
+)  # fmt: skip
 
 
 class KvfsError(Exception):
@@ -143,14 +148,22 @@ def errno_of(error: BaseException) -> int:
         return error.errno
     if isinstance(error, OSError):
         return error.errno or errno.EIO
-    if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+    if is_of_catalog_disk(error) and "full" in str(error):
         return errno.ENOSPC
     return errno.EIO
 
 
 def is_expected(error: BaseException) -> bool:
     """Whether `error` is an answer rather than a bug: it needs no traceback in the log."""
-    return isinstance(error, (KvfsError, OSError))
+    return isinstance(error, (KvfsError, OSError)) or is_of_catalog_disk(error)
+
+
+def is_of_catalog_disk(error: BaseException) -> bool:
+    """Whether the catalog's disk is full, fails or is busy: it may take the next statement."""
+    if not isinstance(error, sqlite3.OperationalError):
+        return False
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    return code & 0xFF in _DISK_CODES
 
 
 def exit_code_of(error: BaseException) -> int:

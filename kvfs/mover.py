@@ -164,8 +164,9 @@ class Mover:
                     work, limiter=slower.limiter, abandon_on_cancel=remote
                 )
         except OSError as error:
+            # Either may be to blame: the fastest tier must not go for a bad sector of a disk.
             if error.errno in TIER_ERRNOS:
-                target.note_error(str(error))
+                slower.note_error(str(error))
             raise
 
     def _xattrs(self, inode: Inode) -> list[tuple[bytes, bytes]]:
@@ -253,6 +254,8 @@ def copy_verified(
 
     def progress(done_bytes: int) -> None:
         running.done_bytes = done_bytes
+        # Whoever unmounts does not wait for the rest of a large copy.
+        trio.from_thread.check_cancelled()
 
     _discard(staging)
     source = os.open(source_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -10,13 +10,15 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Container
+from itertools import islice
 
 from kvfs import layout
 from kvfs.blocks import Blocks
 from kvfs.errors import BlockExists, BlockNotFound, FilesystemError, NotPermitted, TierOffline
 from kvfs.replicas import Replicas
 from kvfs.rows import ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
-from kvfs.tier import Tier
+from kvfs.tier import TIER_ERRNOS, Tier
 from kvfs.volume import Volume
 
 
@@ -72,11 +74,14 @@ class Namespace:
         """Somebody chose its times: those of its last change are no longer to be written."""
         self._changed_ns.pop(directory, None)
 
-    def take_directory_times(self) -> list[tuple[int, int]]:
-        """What the flush writes."""
-        changed = list(self._changed_ns.items())
-        self._changed_ns.clear()
-        return changed
+    def directory_times(self, most: int) -> list[tuple[int, int]]:
+        """What the flush writes, up to `most` directories."""
+        return list(islice(self._changed_ns.items(), most))
+
+    def directory_times_flushed(self, written: list[tuple[int, int]]) -> None:
+        """They are in the catalog."""
+        for directory, _ in written:
+            self._changed_ns.pop(directory, None)
 
     # --- directories
 
@@ -84,8 +89,8 @@ class Namespace:
         """A new directory; made on the fastest tier too, so that a walk finds it."""
         catalog = self.volume.catalog
         layout.check_name(name)
-        path = await self.blocks.path_in_when_free(parent, name)
-        self.blocks.check_length(path)
+        path = await self.blocks.paths.free_name(parent, name)
+        self.blocks.paths.check_length(path)
         if catalog.lookup(parent, name) is not None:
             raise BlockExists(os.fsdecode(path))
         with catalog.transaction():
@@ -112,7 +117,7 @@ class Namespace:
         """Remove an empty directory; the row it had."""
         catalog = self.volume.catalog
         self._refuse_reserved(name)
-        path = await self.blocks.path_in_when_free(parent, name)
+        path = await self.blocks.paths.free_name(parent, name)
         inode = self._existing(parent, name)
         if inode.kind != Kind.DIRECTORY:
             raise FilesystemError(errno.ENOTDIR)
@@ -134,7 +139,7 @@ class Namespace:
     async def unlink(self, parent: int, name: bytes) -> Inode:
         """Remove a block; the row it had."""
         self._refuse_reserved(name)
-        path = await self.blocks.path_in_when_free(parent, name)
+        path = await self.blocks.paths.free_name(parent, name)
         inode = self._existing(parent, name)
         if inode.kind == Kind.DIRECTORY:
             raise FilesystemError(errno.EISDIR)
@@ -154,12 +159,12 @@ class Namespace:
         layout.check_name(new_name)
         self._refuse_reserved(name)
         while True:
-            old = self.blocks.path_in(parent, name)
-            new = self.blocks.path_in(new_parent, new_name)
+            old = self.blocks.paths.of_name(parent, name)
+            new = self.blocks.paths.of_name(new_parent, new_name)
             if self.volume.claims.is_free(old, new):
                 break
             await self.volume.claims.wait(old, new)
-        self.blocks.check_length(new)
+        self.blocks.paths.check_length(new)
         inode = self._existing(parent, name)
         target = self.volume.catalog.lookup(new_parent, new_name)
         if target is not None:
@@ -219,7 +224,7 @@ class Namespace:
         try:
             await self._carry_out(old, new_path, intents)
         except OSError:
-            self._revert(inode, old, replicas)
+            await self._revert(inode, old, replicas, intents)
             raise
         if inode.state in (BlockState.WRITING, BlockState.PUBLISHED):
             self.volume.request_seal(inode.id)
@@ -246,20 +251,50 @@ class Namespace:
         pending = [(tier, intent) for tier, intent in intents if not tier.inline]
         for tier, intent in intents:
             if tier.inline:
-                with contextlib.suppress(TierOffline):
-                    await self.replicas.apply(tier, intent)
-                    self.replicas.finish(tier, intent.id)
+                await self._apply_in_order(tier, intent, old, new)
         if not pending:
             return
         async with self.volume.claims.hold(old, new):
             for tier, intent in pending:
-                with contextlib.suppress(TierOffline):
-                    await self.replicas.apply(tier, intent)
-                    self.replicas.finish(tier, intent.id)
+                await self._apply_in_order(tier, intent, old, new)
 
-    def _revert(self, inode: Inode, old: bytes, replicas: list[Replica]) -> None:
-        """A tier refused the new name: the old one holds again. What was replaced is gone."""
+    async def _apply_in_order(self, tier: Tier, intent: Intent, old: bytes, new: bytes) -> None:
+        """An intent, after those before it that speak of the same paths.
+
+        What was promised for a file in a directory must find it before the directory moves. A tier
+        that fails does it later. Raises OSError when it refuses this very change.
+        """
+        if not tier.online:
+            return  # done when it comes back
+        for due in self.volume.catalog.intents(tier.number, upto=intent.id):
+            if due.id != intent.id and not _concerns(due, old, new):
+                continue
+            try:
+                await self.replicas.apply(tier, due)
+            except (OSError, TierOffline) as error:
+                refused = isinstance(error, OSError) and error.errno not in TIER_ERRNOS
+                if due.id == intent.id and refused:
+                    raise
+                tier.behind = True
+                return
+            self.replicas.finish(tier, due.id)
+
+    async def _revert(
+        self, inode: Inode, old: bytes, replicas: list[Replica], intents: list[tuple[Tier, Intent]]
+    ) -> None:
+        """A tier refused the new name: the old one holds again. What was replaced is gone.
+
+        Tiers that have the new name already are to take it back; a directory may have moved in
+        part.
+        """
         catalog = self.volume.catalog
+        undo = []
+        for tier, intent in intents:
+            done = not catalog.has_intent(intent.id)
+            if done or inode.kind == Kind.DIRECTORY:
+                undo.append((tier, intent))
+                if not done:
+                    self.replicas.finish(tier, intent.id)
         directory, name = layout.split(old)
         parent = catalog.resolve(directory)
         if parent is None or catalog.lookup(parent.id, name) is not None:
@@ -268,12 +303,16 @@ class Namespace:
             catalog.relink(inode.id, parent.id, name)
             for replica in replicas:
                 catalog.set_fanned(inode.id, replica.tier, bool(replica.fanned))
+            for tier, intent in undo:
+                assert intent.target is not None, "a rename has a target"
+                catalog.add_intent(tier.number, "rename", inode.id, intent.target, intent.path)
         if inode.kind == Kind.DIRECTORY:
             catalog.forget_paths()
+        await self._settle_inline({tier.number for tier, _ in undo})
 
-    async def _settle_inline(self, promised: dict[int, int]) -> None:
+    async def _settle_inline(self, promised: Container[int]) -> None:
         for tier in self.volume.tiers:
-            if tier.inline and tier.number in promised:
+            if tier.inline and tier.online and tier.number in promised:
                 await self.replicas.settle(tier)
         self.volume.settling_due.set()
 
@@ -297,7 +336,7 @@ class Namespace:
         try:
             await self._carry_out(old, new_path, intents)
         except OSError:
-            self._revert(inode, old, [])
+            await self._revert(inode, old, [], intents)
             raise
 
     # --- helpers
@@ -311,6 +350,16 @@ class Namespace:
         if inode is None:
             raise BlockNotFound(os.fsdecode(name))
         return inode
+
+
+def _concerns(intent: Intent, *paths: bytes) -> bool:
+    """Whether an intent speaks of one of these paths, or of what is above or below them."""
+    stored = (intent.path, intent.target or intent.path)
+    named = [layout.logical_path(path)[0] for path in stored]
+    return any(
+        layout.is_within(path, name) or layout.is_within(name, path)
+        for path in paths for name in named
+    )  # fmt: skip
 
 
 def _make_directory(tier: Tier, path: bytes, mode: int, uid: int, gid: int) -> None:

@@ -14,7 +14,7 @@ import trio
 
 from kvfs.rows import Inode
 from kvfs.space import Reservation, TierSpace
-from kvfs.tier import Tier
+from kvfs.tier import Tier, close_descriptor
 
 
 @dataclass(slots=True, eq=False)
@@ -92,10 +92,26 @@ class OpenBlock:
         space.held_bytes += self.held_bytes
         self.accounted_bytes = 0
 
+    def retire_writer(self) -> None:
+        """The last writer is gone and its tier fails: what readers are left keep its descriptor."""
+        if self.writer_fd < 0:
+            return
+        if self.readers and self.reader_fd < 0:
+            self.reader_fd = self.writer_fd
+        else:
+            close_descriptor(self.tier, self.writer_fd)
+        self.writer_fd = -1
+
     def close_descriptors(self) -> None:
         if self.backing_id and self.unregister is not None:
             self.unregister(self.backing_id)
             self.backing_id = 0
         for descriptor in {self.reader_fd, self.writer_fd} - {-1}:
-            os.close(descriptor)
+            if self.fetched and descriptor == self.reader_fd:
+                os.close(descriptor)
+            else:
+                close_descriptor(self.tier, descriptor)
         self.reader_fd = self.writer_fd = -1
+        if self.fetched and self.reservation:
+            self.reservation.release()
+        self.fetched = False

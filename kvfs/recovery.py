@@ -25,7 +25,7 @@ from kvfs.rows import GOOD, ROOT_INODE, BlockState, Inode, Kind, Replica
 from kvfs.seal import Content, Seal, content_of
 from kvfs.tier import Tier, write_identity
 from kvfs.volume import Volume
-from kvfs.walk import Found, in_batches, missing_files, walk_tier
+from kvfs.walk import Found, in_batches, is_there, missing_files, walk_tier
 
 log = logging.getLogger(__name__)
 
@@ -234,10 +234,15 @@ class Recovery:
     async def absorb(self, tier: Tier, found: Found) -> None:
         """One file or directory of a tier."""
         if found.is_directory:
-            if tier.index == 0:
+            if tier.index == 0 and not self._is_promised(tier, found):
                 self._take_xattrs(self._ensure_directory(found.path, found.status), found)
             return
         async with self.volume.claims.hold(found.path):
+            if self.judge(tier, found) is Verdict.KNOWN or self._is_promised(tier, found):
+                return
+            # The walk saw it a while ago: it may have been moved or removed meanwhile.
+            if not await tier.run(is_there, tier, found):
+                return
             verdict = self.judge(tier, found)
             if verdict in (Verdict.NEW, Verdict.NEWER, Verdict.ADOPT):
                 self._adopt(tier, found, verdict)
@@ -245,6 +250,13 @@ class Recovery:
                 self._add_replica(tier, found)
             elif verdict is Verdict.STALE or verdict is Verdict.TORN:
                 await self._set_aside(tier, found, verdict)
+
+    def _is_promised(self, tier: Tier, found: Found) -> bool:
+        """Whether it is yet to be renamed or removed there: its name says nothing."""
+        return any(
+            layout.is_within(found.path, layout.logical_path(intent.path)[0])
+            for intent in self.volume.catalog.intents(tier.number)
+        )
 
     def judge(self, tier: Tier, found: Found) -> Verdict:
         """What the file is, by name and seal record. Changes nothing."""
@@ -389,11 +401,10 @@ class Recovery:
         for tier in self.volume.tiers:
             if not tier.online:
                 continue
-            try:
+            with self.volume.tolerate(f"tier {tier.name}: walk stopped"):
+                await self.replicas.settle(tier)
                 await self.absorb_tier(tier)
                 await self._drop_missing(tier)
-            except (OSError, TierOffline) as error:
-                log.error("tier %s: walk stopped: %s", tier.name, error)
             await trio.sleep(paced())
         self.volume.walking = False
 
@@ -420,6 +431,8 @@ class Recovery:
         path, inode = catalog.path_of(number), catalog.get(number)
         if path is None or inode is None or number in self.replicas.open_blocks:
             return False
+        # A rename that is only promised has its file under the old name.
+        await self.replicas.settle(tier)
         async with self.volume.claims.hold(path):
             inode = catalog.get(number)
             mine = [r for r in catalog.replicas(number) if r.tier == tier.number]

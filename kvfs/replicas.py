@@ -293,13 +293,13 @@ class Replicas:
         replicas = volume.catalog.replicas(number)
         tau = volume.accesses.tau(number, volume.catalog.tau_of(number) or heat.never)
         self.remove_block(inode, path)
-        volume.catalog.add_ghost(ghost_key(path), tau)
         volume.name_changed(parent, name)
+        volume.catalog.add_ghost(ghost_key(path), tau)
         last = from_tier or volume.by_number[max(r.tier for r in replicas)]
         volume.counters.tier(last.index).evictions += 1
         return sum(replica.allocated_bytes for replica in replicas)
 
-    def lose(self, inode: Inode, tier: Tier) -> None:
+    def lose(self, inode: Inode, tier: Tier, reason: str = "no such file") -> None:
         """A replica's file is gone: forget it, and with the last one the block."""
         volume = self.volume
         path = volume.catalog.path_of(inode.id)
@@ -307,7 +307,7 @@ class Replicas:
         mine = [replica for replica in replicas if replica.tier == tier.number]
         if not mine or path is None:
             return
-        log.error("tier %s lost %r", tier.name, os.fsdecode(path))
+        log.error("tier %s lost %r: %s", tier.name, os.fsdecode(path), reason)
         volume.counters.count("replicas_lost")
         others = [replica for replica in replicas if replica.tier != tier.number]
         if others:
@@ -335,6 +335,13 @@ class Replicas:
                     await self.apply(tier, intent)
                     self.finish(tier, intent.id)
         catalog.flush_intents()
+        tier.behind = bool(tier.behind and catalog.intents(tier.number))
+
+    async def catch_up(self, tier: Tier) -> None:
+        """Before a tier that was away is asked for a file by its name."""
+        if tier.behind:
+            with self.volume.tolerate(f"tier {tier.name}: what is promised"):
+                await self.settle(tier)
 
     def finish(self, tier: Tier, intent: int) -> None:
         """An intent is done: what it held is free."""
@@ -352,7 +359,11 @@ class Replicas:
             return
         assert intent.target is not None
         # In order, also when the block has yet another name by now: the next intent starts there.
-        if catalog.replica_at(tier.number, intent.path) is not None:
+        there = catalog.replica_at(tier.number, intent.path)
+        if there is not None and not (
+            # Another's by now, in the catalog; on a tier that was away it still is what moves.
+            there != intent.inode and await tier.run(_is_of, tier, intent.path, intent.inode)
+        ):
             return
         if catalog.replica_at(tier.number, intent.target) not in (None, intent.inode):
             return
@@ -375,6 +386,12 @@ def _rename_stored(tier: Tier, source: bytes, target: bytes) -> None:
     rename_into_place(tier, old, new)
     if tier.index > 0:
         tier.remove_empty_parents(os.path.dirname(old))
+
+
+def _is_of(tier: Tier, stored: bytes, inode: int) -> bool:
+    """Whether the file at a path is this block's, as its seal record says."""
+    seal = tier.read_seal(tier.root + b"/" + stored)
+    return seal is not None and seal.inode == inode
 
 
 def _raise_generation(tier: Tier, stored: bytes, inode: Inode) -> None:

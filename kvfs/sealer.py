@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -48,6 +48,14 @@ class Sealed:
     error: str = ""
 
 
+class Resized(NamedTuple):
+    """What a replica allocated before and after, beside the largest other one of its block."""
+
+    before_bytes: int
+    after_bytes: int
+    beside_bytes: int
+
+
 class Sealer:
     """The service and its queue (`volume.to_seal`). Owned by the trio loop."""
 
@@ -61,12 +69,15 @@ class Sealer:
         next_scan_s = 0.0
         while True:
             if trio.current_time() >= next_scan_s:
-                self.scan()
+                with self.volume.tolerate("looking for what is not sealed"):
+                    self.scan()
                 next_scan_s = trio.current_time() + SCAN_S
             with trio.move_on_after(RETRY_S if self.volume.to_seal else SCAN_S):
                 await self.volume.sealing_due.wait()
             self.volume.sealing_due = trio.Event()
-            again = await self.seal_pending()
+            again: set[int] = set()
+            with self.volume.tolerate("sealing"):
+                again = await self.seal_pending()
             self.volume.to_seal.update(again)
             if again:
                 await trio.sleep(RETRY_S)
@@ -125,7 +136,10 @@ class Sealer:
                 again.update(job.inode.id for job in batch)
                 continue
             self._complain(tier, results)
-            again.update(self._commit(tier, results))
+            late = {job.inode.id for job in batch}
+            with self.volume.tolerate("recording seals"):
+                late = self._commit(tier, results)
+            again.update(late)
             again.update({job.inode.id for job in batch} - {done.job.inode.id for done in results})
 
     async def _in_thread(self, tier: Tier, jobs: list[Job]) -> list[Sealed]:
@@ -149,9 +163,10 @@ class Sealer:
         """Record what was sealed; what must be tried again."""
         again: set[int] = set()
         reopened: list[Sealed] = []
+        resized: list[Resized] = []
         with self.volume.catalog.transaction():
             for sealed in results:
-                verdict = self._is_current(sealed)
+                verdict = self._is_current(tier, sealed)
                 if verdict is None:
                     continue
                 if not verdict:
@@ -160,12 +175,14 @@ class Sealer:
                     reopened.append(sealed)
                 else:
                     self.volume.catalog.update(sealed.job.inode.id, **_columns(sealed))
-                    self._account(tier, sealed)
+                    resized.append(self._set_allocated(tier, sealed))
+        for change in resized:
+            self._account(tier, change)
         for sealed in reopened:
             self._commit_reopened(tier, sealed)
         return again
 
-    def _is_current(self, sealed: Sealed) -> bool | None:
+    def _is_current(self, tier: Tier, sealed: Sealed) -> bool | None:
         """Whether the block is still what was hashed; None when there is nothing left to do."""
         before = sealed.job.inode
         now = self.volume.catalog.get(before.id)
@@ -177,6 +194,7 @@ class Sealer:
             and before.id in self.volume.sealing
             and (now.generation, now.state) == (before.generation, before.state)
             and not (block is not None and block.writers)
+            and any(r.tier == tier.number for r in self.volume.catalog.replicas(before.id))
         )
 
     def _commit_reopened(self, tier: Tier, sealed: Sealed) -> None:
@@ -184,12 +202,14 @@ class Sealer:
         before = sealed.job.inode
         changed = sealed.generation != before.generation
         others = [r for r in self.volume.catalog.replicas(before.id) if r.tier != tier.number]
+        # A directory above may have another name by now.
+        path = self.volume.catalog.path_of(before.id) or sealed.job.path
         self.replicas.forget_replicas(
-            before.id, sealed.job.path, others if changed else [], **_columns(sealed)
+            before.id, path, others if changed else [], **_columns(sealed)
         )
-        self._account(tier, sealed)
+        self._account(tier, self._set_allocated(tier, sealed))
 
-    def _account(self, tier: Tier, sealed: Sealed) -> None:
+    def _set_allocated(self, tier: Tier, sealed: Sealed) -> Resized:
         """The record may have taken space of its own."""
         assert sealed.status is not None, "a sealed file has been looked at"
         catalog, number = self.volume.catalog, sealed.job.inode.id
@@ -198,8 +218,12 @@ class Sealer:
         replica = next(r for r in replicas if r.tier == tier.number)
         catalog.set_allocated(number, tier.number, allocated)
         replicas.remove(replica)
+        return Resized(replica.allocated_bytes, allocated, largest(replicas))
+
+    def _account(self, tier: Tier, change: Resized) -> None:
+        """Once the catalog has it."""
         self.volume.space.resize(
-            tier.index, replica.allocated_bytes, allocated, beside_bytes=largest(replicas)
+            tier.index, change.before_bytes, change.after_bytes, beside_bytes=change.beside_bytes
         )
         self.volume.counters.count("seals")
 

@@ -36,6 +36,7 @@ TIER_ERRNOS = frozenset(
      errno.EROFS, errno.ENXIO, errno.EREMOTEIO}
 )  # fmt: skip
 ERRORS_BEFORE_OFFLINE = 3
+UNLOCK_S = 2.0
 
 State = Literal["online", "degraded", "offline"]
 T = TypeVar("T")
@@ -96,6 +97,8 @@ class Tier:
         self.state: State = "online"
         # An admin empties it: nothing new is put here.
         self.draining = False
+        # It was away, so renames may be promised to it: its names are not to be relied on.
+        self.behind = False
         self.last_error = ""
         self._errors = 0
         self._lock_fd = -1
@@ -151,6 +154,12 @@ class Tier:
             self.note_error(f"no answer within {self.config.deadline_s:g} s")
             raise TierOffline(f"tier {self.name}: {self.last_error}") from None
 
+    async def run_in_thread(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """A call that takes long on any medium: never on the loop, and with the remote deadline."""
+        if self.remote or self.state == "offline":
+            return await self.run(function, *args)
+        return await trio.to_thread.run_sync(function, *args, limiter=self.limiter)
+
     async def run_open(self, function: Callable[[*Ts], int], *args: *Ts) -> int:
         """`run` for functions that open a descriptor: one that comes too late is closed."""
         if not self.remote:
@@ -168,6 +177,7 @@ class Tier:
         self.last_error = reason
         before = self.state
         self.state = "offline" if self._errors >= ERRORS_BEFORE_OFFLINE else "degraded"
+        self.behind |= not self.online
         if self.state != before:
             log.error("tier %s is %s: %s", self.name, self.state, reason)
 
@@ -181,6 +191,7 @@ class Tier:
     def mark_offline(self, reason: str) -> None:
         """Take the tier offline without counting (it was missing at start)."""
         self.state = "offline"
+        self.behind = True
         self.last_error = reason
 
     def reconfigure(self, config: TierConfig) -> None:
@@ -215,7 +226,10 @@ class Tier:
 
     def unlock(self) -> None:
         if self._lock_fd >= 0:
-            os.close(self._lock_fd)
+            # A hung remote tier keeps its lock as long as it hangs; the others are given back.
+            closing = threading.Thread(target=os.close, args=(self._lock_fd,), daemon=True)
+            closing.start()
+            closing.join(UNLOCK_S if self.remote else None)
             self._lock_fd = -1
 
     def write_seal(self, file: bytes | int, seal: Seal) -> None:
@@ -251,13 +265,13 @@ class Tier:
             return None
         return seal
 
-    def clear_seal(self, absolute: bytes) -> None:
-        """The file's content is about to change. Blocking."""
+    def clear_seal(self, file: bytes | int) -> None:
+        """The content of a file (a path or a descriptor) is about to change. Blocking."""
         with contextlib.suppress(OSError):
             if self.identity.probe.xattrs:
-                os.removexattr(absolute, SEAL_XATTR)
+                os.removexattr(file, SEAL_XATTR)
             else:
-                os.unlink(self._sidecar(absolute))
+                os.unlink(self._sidecar(file))
 
     def _sidecar(self, file: bytes | int) -> bytes:
         return self.root + b"/" + layout.sidecar_path(os.stat(file).st_ino)
@@ -340,7 +354,19 @@ class _Delivery:
         with self._lock:
             self._refused = True
             if self._descriptor >= 0:
-                os.close(self._descriptor)
+                _close_in_thread(self._descriptor)
+
+
+def close_descriptor(tier: Tier, descriptor: int) -> None:
+    """Close a file of a tier; one that hangs in close(2), which remote ones may, stops nobody."""
+    if tier.remote:
+        _close_in_thread(descriptor)
+    else:
+        os.close(descriptor)
+
+
+def _close_in_thread(descriptor: int) -> None:
+    trio.lowlevel.start_thread_soon(lambda: os.close(descriptor), lambda _: None)
 
 
 def read_identity(path: Path) -> TierIdentity:

@@ -1,4 +1,4 @@
-"""Sizes, times and rates as text: what users write, and what users are shown.
+"""Sizes, times, rates and names as text: what users write, and what users are shown.
 
 Pure; it owns no defaults and no limits. The configuration, the command and the extended attributes
 read through it, so that "2TiB" and "120s" mean the same everywhere. What the format functions
@@ -131,3 +131,16 @@ def format_duration(duration_s: float) -> str:
 def format_rate(bytes_per_s: float) -> str:
     """A rate for people: "1.2 GiB/s"."""
     return f"{format_size(round(bytes_per_s))}/s"
+
+
+def printable(text: str) -> str:
+    """`text` in one line: control characters and the stray bytes of a name are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # how os.fsdecode carries a byte that is not UTF-8
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")

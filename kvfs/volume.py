@@ -6,10 +6,11 @@ before all of them hold. The parts that change the namespace share a `Volume`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from kvfs.catalog import Catalog
 from kvfs.claims import Claims
 from kvfs.clock import Clock
 from kvfs.config import Config, TierConfig
-from kvfs.errors import CatalogError, TierError
+from kvfs.errors import CatalogError, TierError, is_expected
 from kvfs.metrics import Counters
 from kvfs.rows import ROOT_INODE, Kind
 from kvfs.space import Space
@@ -71,6 +72,7 @@ class Volume:
     to_seal: set[int] = field(default_factory=set)
     # Being hashed; a writer takes its block out, so that no older hash is committed for it.
     sealing: set[int] = field(default_factory=set)
+    _tolerated: dict[str, str] = field(default_factory=dict)
     walking: bool = False
     blocks: int = 0
     directories: int = 0
@@ -95,6 +97,22 @@ class Volume:
         if len(self.to_seal) < SEALS_REMEMBERED:
             self.to_seal.add(inode)
         self.sealing_due.set()
+
+    @contextlib.contextmanager
+    def tolerate(self, what: str) -> Iterator[None]:
+        """Something that is tried again may fail for a tier or the catalog's disk: it is said
+        once, and the mount goes on."""
+        try:
+            yield
+        except Exception as error:
+            if not is_expected(error):
+                raise
+            if self._tolerated.get(what) != str(error):
+                self._tolerated[what] = str(error)
+                log.error("%s: %s", what, error)
+            self.counters.count("tolerated_failures")
+        else:
+            self._tolerated.pop(what, None)
 
     def load_usage(self) -> None:
         """Fill the accounts from the catalog: two scans, at mount only."""
@@ -130,6 +148,7 @@ def open_volume(config: Config, forget: tuple[str, ...] = ()) -> Volume:
     """
     found = [_find_identity(tier) for tier in config.tier]
     _check_replaced(config, found, forget)
+    _check_distinct(config)
     existed = any(found)
     path = catalog_path(config)
     if found[0] is None and config.mount.catalog is None:
@@ -230,6 +249,17 @@ def check_capacity(tier: TierConfig) -> None:
             f"tier {tier.name}: capacity {format_size(tier.capacity_bytes)} is above the "
             f"{format_size(size_bytes)} of the filesystem at {tier.path}; is its disk mounted?"
         )
+
+
+def _check_distinct(config: Config) -> None:
+    """Refuse one directory under two paths (a bind mount), before it gets an identity."""
+    first: dict[tuple[int, int], str] = {}
+    for tier in config.tier:
+        if tier.path.is_dir():
+            status = os.stat(tier.path)
+            twin = first.setdefault((status.st_dev, status.st_ino), tier.name)
+            if twin != tier.name:
+                raise TierError(f"two tiers are the same directory: {twin} and {tier.name}")
 
 
 def _check_replaced(

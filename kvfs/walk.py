@@ -78,6 +78,14 @@ def look(tier: Tier, stored: bytes) -> Found | None:
     return Found(path, fanned, is_directory, status, seal, xattrs)
 
 
+def is_there(tier: Tier, found: Found) -> bool:
+    """Whether a path still names the file that was found there. Blocking."""
+    try:
+        return os.lstat(tier.locate(found.path, found.fanned)).st_ino == found.status.st_ino
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def read_xattrs(tier: Tier, absolute: bytes) -> tuple[tuple[bytes, bytes], ...]:
     """The user.* xattrs that belong to the block, pin and ttl included."""
     if not tier.identity.probe.xattrs:

@@ -11,6 +11,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import tempfile
@@ -68,6 +69,7 @@ def run(
     set_up_logging(config.mount.log_level)
     ignore_lease_breaks()
     keep_freed_memory()
+    raise_descriptor_limit()
     trio.run(Daemon(mountpoint, config, forget_tiers, on_ready).serve)
     return 0
 
@@ -183,7 +185,7 @@ class Daemon:
         nursery.start_soon(services.settle_intents, store)
         nursery.start_soon(services.expire, store)
         nursery.start_soon(services.watch_tiers, store)
-        nursery.start_soon(services.checkpoint, self.volume.catalog)
+        nursery.start_soon(services.checkpoint, self.volume)
         if self.volume.unclean and not self.volume.rebuild:
             nursery.start_soon(store.recovery.reconcile)
 
@@ -303,7 +305,8 @@ class Daemon:
             with trio.move_on_after(FINAL_FLUSH_S) as scope:
                 await self.operations.close_all()
                 await self.store.sealer.seal_pending()
-                await services.flush_once(self.store)
+                with self.volume.tolerate("the last flush of the heat"):
+                    await services.flush_once(self.store)
                 for tier in self.volume.tiers:
                     if tier.online:
                         await services.settle(self.store, tier)
@@ -323,6 +326,13 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def raise_descriptor_limit() -> None:
+    """Every open block takes a descriptor: as many as the system lets a process have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def raise_read_ahead(mountpoint: Path) -> None:

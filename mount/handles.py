@@ -86,6 +86,8 @@ class Handles:
         return await self._blocks.read(block, offset, size)
 
     async def _read_whole(self, handle: Handle, block: OpenBlock, size: int) -> bytes:
+        if block.tier.remote and not block.fetched:
+            return await self._blocks.read(block, 0, size)
         length = os.fstat(block.descriptor).st_size
         rest = length - size
         if not 0 < rest <= AHEAD_BLOCK_BYTES or self._ahead_bytes + rest > AHEAD_TOTAL_BYTES:

@@ -5,7 +5,6 @@ Every handler is wrapped: what goes wrong becomes an errno, never the end of the
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import logging
@@ -446,5 +445,6 @@ class Operations(pyfuse3.Operations):
         for number in list(self.handles.numbers()):
             handle = self.handles.remove(number)
             if handle.block is not None:
-                with contextlib.suppress(OSError), trio.CancelScope(shield=True):
+                tolerated = self.store.volume.tolerate("closing what was open")
+                with tolerated, trio.CancelScope(shield=True):
                     await self.store.blocks.close(handle.block, writer=handle.writer)

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 128
 SEND_TIMEOUT_S = 10.0
+ACCEPT_RETRY_S = 1.0
 _PEER_CREDENTIALS = struct.Struct("iII")
 
 
@@ -66,7 +67,13 @@ class ControlServer:
             try:
                 async with trio.open_nursery() as nursery:
                     while True:
-                        connection, _ = await listener.accept()
+                        try:
+                            connection, _ = await listener.accept()
+                        except OSError as error:
+                            # No descriptor is left, say: the mount is worth more than a command.
+                            log.error("control socket: %s", error)
+                            await trio.sleep(ACCEPT_RETRY_S)
+                            continue
                         nursery.start_soon(self._serve, connection)
             finally:
                 self.path.unlink(missing_ok=True)

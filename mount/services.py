@@ -9,16 +9,18 @@ import sqlite3
 import trio
 
 from kvfs import heat, scans
-from kvfs.catalog import BATCH_ROWS, Catalog
-from kvfs.errors import BlockBusy, BlockNotFound, TierError, TierOffline
+from kvfs.accesses import Pending
+from kvfs.catalog import BATCH_ROWS, LOG_BYTES, Catalog
+from kvfs.errors import BlockBusy, BlockNotFound, TierError
 from kvfs.store import Store
 from kvfs.tier import Tier
+from kvfs.volume import Volume
 
 log = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
 TRIM_GHOSTS_EVERY = 60
-CHECKPOINT_S = 5.0
+CHECKPOINT_SECONDS = 5
 SETTLE_S = 5.0
 EXPIRE_S = 2.0
 EXPIRE_BLOCKS = 5000
@@ -30,47 +32,74 @@ async def flush_heat(store: Store) -> None:
     flushes = 0
     while True:
         await trio.sleep(FLUSH_S)
-        await flush_once(store)
-        flushes += 1
-        if flushes % TRIM_GHOSTS_EVERY == 0:
-            store.volume.catalog.trim_ghosts(store.volume.config.tiering.ghosts)
+        with store.volume.tolerate("flush of the heat"):
+            await flush_once(store)
+            flushes += 1
+            if flushes % TRIM_GHOSTS_EVERY == 0:
+                store.volume.catalog.trim_ghosts(store.volume.config.tiering.ghosts)
 
 
 async def flush_once(store: Store) -> None:
-    """At most 500 rows a transaction, with a pause for requests between them."""
+    """At most 500 rows a transaction, with a pause for requests between them.
+
+    Raises sqlite3.OperationalError, with nothing forgotten, when the catalog's disk is full.
+    """
     volume = store.volume
-    times = store.namespace.take_directory_times()
-    for start in range(0, len(times), BATCH_ROWS):
+    while times := store.namespace.directory_times(BATCH_ROWS):
         with volume.catalog.transaction():
-            for directory, changed_ns in times[start : start + BATCH_ROWS]:
+            for directory, changed_ns in times:
                 volume.catalog.update(directory, mtime_ns=changed_ns, ctime_ns=changed_ns)
+        store.namespace.directory_times_flushed(times)
         await trio.lowlevel.checkpoint()
     while entries := volume.accesses.take(BATCH_ROWS):
         now_s = volume.clock.now_s()
-        half_life_s = volume.config.tiering.half_life_s
-        with volume.catalog.transaction():
-            for inode, pending in entries:
-                stored = volume.catalog.tau_of(inode)
-                if stored is None:
-                    continue
-                tau = heat.touch(stored, pending.tau, half_life_s)
-                tau = heat.clamp(tau, now_s, half_life_s)
-                volume.catalog.set_tau(inode, tau, int(pending.last_s * 1e9))
+        try:
+            _merge_heat(volume, entries, now_s)
+        except BaseException:
+            volume.accesses.put_back(entries)
+            raise
         volume.accesses.flushed(entries, now_s)
         await trio.lowlevel.checkpoint()
 
 
-async def checkpoint(catalog: Catalog) -> None:
-    """Move the log into the database from a thread: its fsync would stop the loop."""
+def _merge_heat(volume: Volume, entries: list[tuple[int, Pending]], now_s: float) -> None:
+    half_life_s = volume.config.tiering.half_life_s
+    with volume.catalog.transaction():
+        for inode, pending in entries:
+            stored = volume.catalog.tau_of(inode)
+            if stored is None:
+                continue
+            tau = heat.touch(stored, pending.tau, half_life_s)
+            tau = heat.clamp(tau, now_s, half_life_s)
+            volume.catalog.set_tau(inode, tau, int(pending.last_s * 1e9))
+
+
+async def checkpoint(volume: Volume) -> None:
+    """Move the log into the database, every few seconds or when it is long."""
     while True:
-        await trio.sleep(CHECKPOINT_S)
+        with volume.tolerate("checkpoint of the catalog"):
+            for _ in range(CHECKPOINT_SECONDS):
+                await trio.sleep(1)
+                if volume.catalog.log_bytes() > 2 * LOG_BYTES:
+                    break
+            await checkpoint_once(volume.catalog)
+
+
+async def checkpoint_once(catalog: Catalog) -> None:
+    """From a thread: its fsync would stop the loop.
+
+    The log begins anew only when nothing was written since, which under load never is so. Then the
+    little that came while the thread was at it is moved on the loop, where nobody writes beside.
+    """
+    if await trio.to_thread.run_sync(_checkpoint, catalog) > LOG_BYTES:
         await trio.to_thread.run_sync(_checkpoint, catalog)
+        Catalog.checkpoint(catalog.connection)
 
 
-def _checkpoint(catalog: Catalog) -> None:
+def _checkpoint(catalog: Catalog) -> int:
     connection = sqlite3.connect(catalog.path, isolation_level=None)
     try:
-        Catalog.checkpoint(connection)
+        return Catalog.checkpoint(connection)
     finally:
         connection.close()
 
@@ -89,27 +118,32 @@ async def settle_intents(store: Store) -> None:
 
 async def settle(store: Store, tier: Tier) -> None:
     """What fails stays promised."""
-    try:
+    with store.volume.tolerate(f"tier {tier.name}: what is promised"):
         await store.replicas.settle(tier)
-    except (OSError, TierOffline) as error:
-        log.error("tier %s: %s", tier.name, error)
 
 
 async def expire(store: Store) -> None:
     """TTLs and temporary files that their writer forgot."""
     while True:
         await trio.sleep(EXPIRE_S)
-        expired, forgotten = await trio.to_thread.run_sync(_find_expired, store)
-        for inode in expired:
-            try:
-                store.replicas.evict(inode, asked=True)
-            except (BlockBusy, BlockNotFound, OSError):
-                continue
-            store.volume.counters.count("ttl_expired")
-        for inode in forgotten:
+        with store.volume.tolerate("expiry"):
+            await expire_once(store)
+
+
+async def expire_once(store: Store) -> None:
+    """Those of them that are due now."""
+    expired, forgotten = await trio.to_thread.run_sync(_find_expired, store)
+    for inode in expired:
+        try:
+            store.replicas.evict(inode, asked=True)
+        except (BlockBusy, BlockNotFound, OSError):
+            continue
+        store.volume.counters.count("ttl_expired")
+    for inode in forgotten:
+        with store.volume.tolerate("removal of temporary files"):
             remove_temporary(store, inode)
-        if expired or forgotten:
-            store.volume.settling_due.set()
+    if expired or forgotten:
+        store.volume.settling_due.set()
 
 
 def _find_expired(store: Store) -> tuple[list[int], list[int]]:

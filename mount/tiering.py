@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from kvfs.budget import Budget, DailyBudget, available_bytes
-from kvfs.errors import BlockBusy, BlockCorrupt, BlockNotFound, TierFull, TierOffline
+from kvfs.errors import BlockBusy, BlockNotFound, TierFull, is_expected
 from kvfs.policy import Move, Plan, plan
 from kvfs.scans import Survey, snapshot
 from kvfs.store import Store
@@ -65,7 +65,8 @@ class Tiering:
             with trio.move_on_after(volume.config.tiering.interval_s):
                 await volume.tiering_due.wait()
             volume.tiering_due = trio.Event()
-            await self.run_once()
+            with volume.tolerate("planning"):
+                await self.run_once()
             await trio.sleep(MIN_INTERVAL_S)
 
     async def run_once(self) -> None:
@@ -107,14 +108,16 @@ class Tiering:
 
     async def _execute(self, move: Move) -> None:
         counters = self.store.volume.counters
-        if not self._still_wanted(move):
-            counters.count("moves_unwanted")
-            return
         try:
+            if not self._still_wanted(move):
+                counters.count("moves_unwanted")
+                return
             moved = await self.store.mover.execute(move, lambda: self._still_wanted(move))
         except (BlockBusy, BlockNotFound, TierFull, FileNotFoundError):
             counters.count("moves_overtaken")
-        except (BlockCorrupt, TierOffline, OSError) as error:
+        except Exception as error:
+            if not is_expected(error):
+                raise
             counters.count("moves_failed")
             self._remember_failed(move.inode)
             path = self.store.volume.catalog.path_of(move.inode)

@@ -104,7 +104,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _usage_text(error: typer.TyperException) -> str:
-    message = error.format_message().rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".")
     context: typer.Context | None = getattr(error, "ctx", None)
     if not message or context is None:
         return message
@@ -119,7 +119,7 @@ def _os_error_text(error: OSError) -> str:
 
 def _fail(message: str, code: int) -> int:
     if message:
-        typer.echo(f"kvfs: {name_text(' '.join(message.split()))}", err=True)
+        typer.echo(f"kvfs: {name_text(message)}", err=True)
     return code
 
 

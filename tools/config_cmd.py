@@ -59,7 +59,7 @@ def reload(mountpoint: Mountpoint = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json(answer)
         return
-    typer.echo(f"applied: {', '.join(answer['applied']) or 'nothing has changed'}")
+    typer.echo(f"applied: {', '.join(answer['applied']) or 'nothing'}")
     if answer["needs_remount"]:
         typer.echo(f"needs a new mount: {', '.join(answer['needs_remount'])}")
 

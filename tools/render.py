@@ -24,10 +24,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from kvfs.units import format_duration, format_size
+from kvfs.units import format_duration, format_size, printable
 
 PIPE_WIDTH = 10_000
 BAR_CELLS = 16
+# What a progress bar needs besides the path, and the most that is shown of a path.
+BAR_WIDTH = 80
+PATH_CELLS = 40
 UNKNOWN = "-"
 
 _STATE_STYLES = {
@@ -65,16 +68,7 @@ def print_json(document: Any) -> None:
 
 def name_text(name: bytes | str | Path) -> str:
     """`name` for a terminal: one line, with control characters and stray bytes escaped."""
-    text = os.fsdecode(name)
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else _escape(char) for char in text)
-
-
-def _escape(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode("ascii")
+    return printable(os.fsdecode(name))
 
 
 def size_text(size_bytes: int | None) -> str:
@@ -142,6 +136,13 @@ def table(*columns: str, title: str | None = None) -> Table:
     return result
 
 
+def fits(renderable: RenderableType) -> bool:
+    """Whether stdout is wide enough to show it without folding."""
+    out = console()
+    unbounded = out.options.update(width=PIPE_WIDTH)
+    return out.measure(renderable, options=unbounded).maximum <= out.width
+
+
 def fields(pairs: Mapping[str, RenderableType]) -> Table:
     """Two columns: names and values."""
     grid = Table.grid(padding=(0, 2))
@@ -183,6 +184,7 @@ ProgressSink = Callable[[dict[str, Any]], None]
 def progress_bar(what: str) -> Iterator[ProgressSink]:
     """A bar on stderr, if that is a terminal, fed with `{done, total, bytes, path}`."""
     errors = Console(stderr=True, markup=False, highlight=False)
+    room = min(PATH_CELLS, errors.width - BAR_WIDTH)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -202,7 +204,7 @@ def progress_bar(what: str) -> Iterator[ProgressSink]:
                 completed=progress.get("done"),
                 total=progress.get("total"),
                 moved=size_text(progress.get("bytes")),
-                path=path if len(path) <= 40 else "…" + path[-39:],
+                path=path if len(path) <= room else "…" + path[1 - room :] if room > 1 else "",
             )
 
         yield feed

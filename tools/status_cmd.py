@@ -23,6 +23,7 @@ from kvfs.tools.mounts import ask, socket_of
 from kvfs.tools.render import (
     console,
     count_text,
+    fits,
     json_text,
     name_text,
     print_json,
@@ -182,7 +183,7 @@ def status_view(stats: dict[str, Any]) -> Group:
     if reason:
         parts.append(Text(f"reads go through the daemon: {reason}", style="yellow"))
     parts += [Text(f"! {problem}", style="bold red") for problem in problems(stats)]
-    parts += [Text(), _tier_table(stats["tiers"]), Text(), _traffic_table(stats["tiers"])]
+    parts += [Text(), _tier_table(stats["tiers"]), Text(), *_traffic_view(stats["tiers"])]
     parts += [Text(), *_moves_view(stats["moves"])]
     return Group(*parts)
 
@@ -204,9 +205,20 @@ def _tier_table(tiers: list[dict[str, Any]]) -> Table:
     return view
 
 
-def _traffic_table(tiers: list[dict[str, Any]]) -> Table:
+def _traffic_view(tiers: list[dict[str, Any]]) -> list[RenderableType]:
+    """The paths stand beside the numbers, or below them where the terminal is narrow."""
+    wide = _traffic_table(tiers, "Path")
+    if fits(wide):
+        return [wide]
+    places = table("Tier", "Path")
+    for tier in tiers:
+        places.add_row(tier["name"], name_text(tier["path"]))
+    return [_traffic_table(tiers), Text(), places]
+
+
+def _traffic_table(tiers: list[dict[str, Any]], *last: str) -> Table:
     traffic = (">Read", ">Written", ">Moved in", ">Moved out")
-    view = table("Tier", ">Promoted", ">Demoted", ">Evicted", *traffic, "Path")
+    view = table("Tier", ">Promoted", ">Demoted", ">Evicted", *traffic, *last)
     for tier in tiers:
         view.add_row(
             tier["name"],
@@ -217,7 +229,7 @@ def _traffic_table(tiers: list[dict[str, Any]]) -> Table:
             size_text(tier["bytes_written"]),
             size_text(tier["moved_in_bytes"]),
             size_text(tier["moved_out_bytes"]),
-            name_text(tier["path"]),
+            *([name_text(tier["path"])] if last else []),
         )
     return view
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from kvfs.tools.mounts import ask, order, socket_of
 from kvfs.tools.render import (
     count_text,
+    fits,
     name_text,
     print_json,
     progress_bar,
@@ -42,20 +44,26 @@ def list_tiers(mountpoint: Mountpoint = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"tiers": tiers})
         return
-    view = table("Tier", "Medium", "State", "Usage", ">Used", ">Capacity", ">Blocks", "Path")
+    wide = _tier_table(tiers, "Usage")
+    show(wide if fits(wide) else _tier_table(tiers))
+
+
+def _tier_table(tiers: list[dict[str, Any]], *bar: str) -> Table:
+    """On a narrow terminal the path is worth more than the bar."""
+    view = table("Tier", "Medium", "State", *bar, ">Used", ">Capacity", ">Blocks", "Path")
     for tier in tiers:
         claimed = tier["reserved_bytes"] + tier["held_bytes"]
         view.add_row(
             tier["name"],
             tier["medium"],
             state_text(tier["state"]),
-            usage_bar(tier["used_bytes"], claimed, tier["capacity_bytes"]),
+            *([usage_bar(tier["used_bytes"], claimed, tier["capacity_bytes"])] if bar else []),
             size_text(tier["used_bytes"]),
             size_text(tier["capacity_bytes"]),
             count_text(tier["blocks"]),
             name_text(tier["path"]),
         )
-    show(view)
+    return view
 
 
 def init(
@@ -118,6 +126,8 @@ def run(
                 name_text(move["path"]),
             )
         show(view)
+    for line in _sums(moves):
+        typer.echo(line)
     for note in answer["notes"]:
         typer.echo(note)
     size_bytes = sum(move["size_bytes"] for move in moves)
@@ -125,3 +135,15 @@ def run(
         f"{len(moves)} moves planned, {size_text(size_bytes)}, "
         f"in {answer['planning_s'] * 1000:.1f} ms"
     )
+
+
+def _sums(moves: list[dict[str, Any]]) -> list[str]:
+    """One line for each way that blocks go: a plan may have hundreds of moves."""
+    if len(moves) < 2:
+        return []
+    sums: dict[str, list[int]] = {}
+    for move in moves:
+        way = f"{move['kind']} {move['source']}"
+        way += f" -> {move['target']}" if move["target"] else ""
+        sums.setdefault(way, []).append(move["size_bytes"])
+    return [f"{way}: {len(sizes)}, {size_text(sum(sizes))}" for way, sizes in sums.items()]

@@ -187,7 +187,7 @@ def test_a_dead_mount_can_also_be_unmounted(session: MountedKvfs) -> None:
     session.kill()
     assert session.is_mounted()
     asked = run_kvfs("status", session.path, check=False)
-    assert asked.returncode == 5
+    assert asked.returncode == 6
     assert "dead" in asked.stderr
     run_kvfs("umount", session.path)
     assert not session.is_mounted()

@@ -101,6 +101,15 @@ def test_the_same_directory_twice_is_refused(bench: Workbench) -> None:
     assert "the same directory" in refusal(with_tier(bench.config, "hdd", path=link))
 
 
+def test_the_same_directory_twice_is_refused_before_it_is_a_tier(bench: Workbench) -> None:
+    nvme = path_of(bench.config, "nvme")
+    link = nvme.with_name("link")
+    link.symlink_to(nvme)
+    message = refusal(with_tier(bench.config, "hdd", path=link))
+    assert message == "two tiers are the same directory: nvme and hdd"
+    assert everything_below(nvme) == set()
+
+
 def test_a_copied_identity_is_refused(bench: Workbench) -> None:
     bench.stop(bench.open())
     nvme, hdd = path_of(bench.config, "nvme"), path_of(bench.config, "hdd")

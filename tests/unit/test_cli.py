@@ -165,7 +165,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
         (["config", "check", "/missing/c"], 3, "/missing/c: cannot be read"),
         (["info", "/elsewhere"], 5, "/elsewhere is not inside a kvfs mount"),
         (["pin", "/elsewhere"], 5, "/elsewhere is not inside a kvfs mount"),
-        (["evict", "/else\nwhere"], 5, "/else where is not inside a kvfs mount"),
+        (["evict", "/else\nwhere"], 5, r"/else\nwhere is not inside a kvfs mount"),
         (["status", "/elsewhere"], 5, "/elsewhere is not inside a kvfs mount"),
         (["tier", "init", "/missing/tier"], 4, "/missing/tier: no such directory"),
         (["status"], 6, "there is no kvfs mount: `kvfs mount MOUNTPOINT` makes one"),
@@ -327,6 +327,29 @@ def test_status_shows_the_numbers(mounted: Mounted, capsys: pytest.CaptureFixtur
     assert ["demote", "nvme", "hdd", "4", "KiB", "25.0%", r"m/\x1b[31mx"] in by_start
     assert all(line == line.rstrip() for line in lines)
     assert not any(line.startswith("!") for line in lines)
+
+
+def test_paths_of_tiers_stay_whole_on_a_narrow_terminal(
+    mounted: Mounted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "dumb", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    path = "/mnt/disk-of-nvme/kvfs-tier"
+    mounted.results["status"] = stats(tiers=[tier("nvme", path=path)])
+    assert run(["status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["nvme", path] in [line.split() for line in lines]
+    assert run(["tier", "list"]) == 0
+    lines += capsys.readouterr().out.splitlines()
+    assert lines[-1].split()[-1] == path
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_name_in_an_error_is_shown_as_in_a_table(
+    mounted: Mounted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["info", "/nowhere/a\nb\udcff"]) == 5
+    assert capsys.readouterr().err == "kvfs: /nowhere/a\\nb\\xff is not inside a kvfs mount\n"
 
 
 def test_status_says_first_what_is_wrong(
@@ -511,6 +534,18 @@ def test_tier_run_shows_the_plan(mounted: Mounted, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["evict", "hdd", "1", "MiB", "coldest", "m/x"]
     assert lines[2:] == ["hdd stays full", "1 moves planned, 1 MiB, in 10.0 ms"]
+
+
+def test_tier_run_sums_up_a_longer_plan(
+    mounted: Mounted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    move = {"path": b"m/x", "size_bytes": 2**20, "reason": "coldest"}
+    down = {**move, "kind": "demote", "source": "nvme", "target": "hdd"}
+    gone = {**move, "kind": "drop", "source": "nvme", "target": None}
+    mounted.results["tier_run"] = {"moves": [down, gone, down], "notes": [], "planning_s": 0.01}
+    assert run(["tier", "run", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4:6] == ["demote nvme -> hdd: 2, 2 MiB", "drop nvme: 1, 1 MiB"]
 
 
 def test_drain_fails_while_blocks_remain(
