@@ -47,7 +47,7 @@ def mount(tmp_path: Path) -> Iterator[MountedKvfs]:
     config = config_in(tmp_path, CAPACITIES_MIB, interval_s=0.1, half_life_s=10.0, promote_heat=1.5)
     mounted = MountedKvfs(tmp_path, config)
     with mounted.config_file.open("a") as file:
-        file.write(f'[mount]\ncatalog = "{tmp_path / "catalog.sqlite"}"\n')
+        file.write(f'catalog = "{tmp_path / "catalog.sqlite"}"\n')
     with live(mounted):
         yield mounted
 

@@ -140,7 +140,7 @@ def test_sighup_says_what_needs_a_remount(session: MountedKvfs, session_log: lis
     text = session.config_file.read_text()
     session_log.append("these need a remount: mount.fsname")
     changed = text.replace('half_life = "120s"', 'half_life = "60s"')
-    session.config_file.write_text(f'{changed}[mount]\nfsname = "other"\n')
+    session.config_file.write_text(f'{changed}fsname = "other"\n')
     os.kill(int(call(session, "status")["pid"]), signal.SIGHUP)
     wait_until(lambda: "need a remount" in session.log_file.read_text(), "reloaded")
     shown = json.loads(run_kvfs("config", "show", session.path, "--json").stdout)
