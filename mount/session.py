@@ -23,6 +23,7 @@ from kvfs.mount.passthrough import preload
 
 MNT_FORCE, MNT_DETACH = 1, 2
 POLL_S = 0.02
+DYING_POLLS = 250
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -63,11 +64,17 @@ def check_mountpoint(mountpoint: Path) -> None:
 
 def is_dead(mountpoint: Path) -> bool:
     """A mount whose daemon is gone. stat could still be answered from the kernel's cache."""
-    try:
-        os.listdir(mountpoint)
-    except OSError as error:
-        return error.errno == errno.ENOTCONN
-    return False
+    for _ in range(DYING_POLLS):
+        try:
+            os.listdir(mountpoint)
+        except OSError as error:
+            if error.errno != errno.ECONNABORTED:
+                return error.errno == errno.ENOTCONN
+            # It died while it was asked; the next answer tells whether it is gone.
+            time.sleep(POLL_S)
+        else:
+            return False
+    return True
 
 
 def mount_foreground(mountpoint: Path, config: Config, *, forget_tiers: tuple[str, ...]) -> int:
