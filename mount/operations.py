@@ -350,8 +350,11 @@ class Operations(pyfuse3.Operations):
             local = not block.tier.remote and not block.fetched
             wanted = self.passthrough.active and local and not block.writers
             block.mode = "passthrough" if wanted and self._register(block) else "served"
-        self.store.volume.counters.count(f"opens_{block.mode}")
-        return block.mode == "passthrough"
+        if block.mode == "served":
+            self.store.volume.counters.count("opens_served")
+            return False
+        self.store.volume.counters.count("opens_passthrough")
+        return True
 
     def _register(self, block: OpenBlock) -> bool:
         if block.tier.index in self._unstackable:
