@@ -350,6 +350,8 @@ class Blocks:
             raise TierFull("a file without a name does not move")
         if await self.replicas.relieve(block, end):
             return
+        if block.backing_id:
+            raise TierFull("the kernel reads its file: it stays where it is until the last close")
         target, reservation = await self.replicas.place(end, after=block.tier.index)
         try:
             path = await self.paths.free_block(block.inode)

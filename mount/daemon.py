@@ -212,10 +212,13 @@ class Daemon:
         else:
             token = os.urandom(16).hex().encode()
             staging = os.fsdecode(self.volume.tiers[0].root + b"/" + layout.STAGING_DIR)
-            with tempfile.TemporaryFile(dir=staging) as file:
-                file.write(token)
-                file.flush()
-                await self._read_probe(file.fileno(), token)
+            try:
+                with tempfile.TemporaryFile(dir=staging, buffering=0) as file:
+                    file.write(token)
+                    await self._read_probe(file.fileno(), token)
+            except OSError as error:
+                # A full disk, say: it must not keep anybody from mounting.
+                self.passthrough.decide(works=False, reason=f"no probe could be written: {error}")
         if self.volume.config.mount.passthrough == "require" and not self.passthrough.active:
             raise MountpointError(f"passthrough is required: {self.passthrough.reason}")
 

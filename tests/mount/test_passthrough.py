@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.live import call, config_in, live, publish, put_on, scratch, wait_sealed
-from tests.mounting import MountedKvfs, run_kvfs
+from tests.mounting import MountedKvfs, has_ended, run_kvfs, wait_until
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -161,6 +162,43 @@ def stacked(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("overlayfs cannot be mounted here")
     yield parts["merged"]
     subprocess.run(["umount", parts["merged"]], check=True)
+
+
+def test_a_forced_unmount_under_an_open_handle_is_quiet(tmp_path: Path) -> None:
+    if not kernel_can():
+        pytest.skip("kernel passthrough needs root and Linux 6.9")
+    with scratch() as base:
+        mount = MountedKvfs(base, config_in(base, passthrough="require"))
+        with live(mount):
+            path = publish(mount.path / "held", b"held" * KIB)
+            wait_sealed(path)
+            pid = int(call(mount, "status")["pid"])
+            with path.open("rb", buffering=0) as reader:
+                os.kill(pid, signal.SIGTERM)
+                wait_until(lambda: has_ended(pid), "daemon gone")
+                assert reader.read(4) == b"held"
+        mount.start()
+        assert path.read_bytes() == b"held" * KIB
+        mount.stop()
+        mount.check_log([])
+
+
+def test_a_block_that_the_kernel_reads_does_not_outgrow_its_tier(tmp_path: Path) -> None:
+    if not kernel_can():
+        pytest.skip("kernel passthrough needs root and Linux 6.9")
+    with scratch() as base:
+        sizes = {"nvme": 4, "hdd": 64}
+        mount = MountedKvfs(base, config_in(base, sizes, passthrough="require"))
+        with live(mount):
+            path = publish(mount.path / "small", b"x" * KIB)
+            wait_sealed(path)
+            with path.open("rb") as reader:
+                assert reader.read(1) == b"x"
+                with pytest.raises(OSError, match="No space"):
+                    os.truncate(path, 8 * MIB)
+                assert path.read_bytes() == b"x" * KIB
+            os.truncate(path, 8 * MIB)
+            assert path.read_bytes() == b"x" * KIB + bytes(8 * MIB - KIB)
 
 
 def test_require_refuses_where_it_does_not_work(stacked: Path, tmp_path: Path) -> None:
