@@ -6,12 +6,13 @@ The catalog is what the mount shows; backing files carry a copy, so that a walk 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kvfs import heat
+from kvfs import failpoints, heat
 from kvfs.blocks import Blocks
 from kvfs.errors import (
     BlockStale,
@@ -19,13 +20,12 @@ from kvfs.errors import (
     InvalidOperation,
     KvfsError,
     NotPermitted,
-    TierOffline,
 )
 from kvfs.namespace import Namespace, set_owner
 from kvfs.open_block import OpenBlock
 from kvfs.replicas import Replicas
-from kvfs.rows import BlockState, Inode, Kind
-from kvfs.seal import Seal
+from kvfs.rows import RAW, ZSTD, BlockState, Inode, Kind, Replica
+from kvfs.seal import Seal, seal_from
 from kvfs.tier import Tier
 from kvfs.units import parse_duration
 from kvfs.volume import Volume
@@ -38,6 +38,14 @@ SOCKET = b"user.kvfs.socket"
 # able to carry all of them.
 XATTR_TOTAL_BYTES = 3584
 XATTR_ENTRY_BYTES = 16
+LONGEST_TTL_S = 1e10
+# What the catalog and a seal record can hold; the kernel passes on whatever it was asked for.
+TIMES_NS = -(1 << 63), (1 << 63) - 1
+# 1, or the name of a tier.
+_PIN = re.compile(r"[A-Za-z0-9_-]{1,32}")
+# A time that no file has: the replica is verified before it is read.
+UNLIKE_ANY = -(2**63)
+CODEC_NAMES = {RAW: "raw", ZSTD: "zstd"}
 STATE_NAMES = {
     BlockState.WRITING: "writing",
     BlockState.PUBLISHED: "published",
@@ -73,7 +81,7 @@ class Attributes:
             key: value
             for key, value in {
                 "mode": None if mode is None else mode & 0o7777, "uid": uid, "gid": gid,
-                "atime_ns": atime_ns, "mtime_ns": mtime_ns,
+                "atime_ns": _storable(atime_ns), "mtime_ns": _storable(mtime_ns),
             }.items() if value is not None
         }  # fmt: skip
         if columns:
@@ -104,24 +112,40 @@ class Attributes:
         if "mtime_ns" in columns:
             self.namespace.directory_times_set(number)
             if block is not None:
+                block.look()
                 block.mtime_ns = columns["mtime_ns"]
         if block is not None and block.orphan is not None:
             block.orphan = block.orphan._replace(**columns)
             return
-        with self.volume.catalog.transaction():
+        with self.volume.catalog.transaction("setattr"):
             self.volume.catalog.update(number, **columns)
         inode = self._inode(number)
         if inode.kind == Kind.DIRECTORY:
             await self._mirror_directory(inode)
         elif inode.state == BlockState.SEALED:
-            await self._on_replicas(inode, _rewrite_seal, inode)
+            await self.mirror_block(inode)
+
+    async def mirror_block(self, inode: Inode) -> None:
+        """The seal records of a block's files, with another mode, owner or time."""
+        path = await self.blocks.paths.free_block(inode.id)
+        for replica in self.volume.catalog.replicas(inode.id):
+            tier = self.volume.by_number[replica.tier]
+            absolute = tier.locate(path, bool(replica.fanned))
+            # The catalog has it; a tier that is away learns by fsck.
+            with self.volume.overlook("mirrors_failed", tier):
+                mtime_ns = await tier.run(_rewrite_seal, tier, absolute, inode, replica)
+                self.volume.catalog.update_replica(inode.id, tier.number, mtime_ns=mtime_ns)
+                block = self.replicas.open_blocks.get(inode.id)
+                if block is not None and block.tier is tier and block.sealed is not None:
+                    block.sealed.mtime_ns = mtime_ns
 
     async def _mirror_directory(self, inode: Inode) -> None:
         first = self.volume.tiers[0]
         path = self.volume.catalog.directory_path(inode.id)
         if path is not None:
-            with contextlib.suppress(OSError, TierOffline):
-                await first.run(set_owner, first.locate(path), inode.mode, inode.uid, inode.gid)
+            with self.volume.overlook("mirrors_failed", first):
+                owner = inode.mode, inode.uid, inode.gid
+                await first.run(set_owner, first, first.locate(path), *owner)
 
     async def _on_replicas(self, inode: Inode, function: Any, *args: Any) -> None:
         """Call `function(tier, absolute path, *args)` on each copy that can be reached."""
@@ -133,7 +157,7 @@ class Attributes:
             places = [(self.volume.by_number[r.tier], bool(r.fanned)) for r in replicas]
         for tier, fanned in places:
             # The catalog has it; a tier that is away learns by fsck.
-            with contextlib.suppress(OSError, TierOffline):
+            with self.volume.overlook("mirrors_failed", tier):
                 await tier.run(function, tier, tier.locate(path, fanned), *args)
 
     # --- xattrs
@@ -182,8 +206,16 @@ class Attributes:
 
     def replica_names(self, number: int) -> list[str]:
         """The tiers that have the block, fastest first."""
-        tiers = [self.volume.by_number[r.tier] for r in self.volume.catalog.replicas(number)]
-        return [tier.name for tier in sorted(tiers, key=lambda tier: tier.index)]
+        return [tier.name for tier, _ in self._places(number)]
+
+    def replica_codecs(self, number: int) -> list[str]:
+        """How each of them has it."""
+        return [CODEC_NAMES[replica.codec] for _, replica in self._places(number)]
+
+    def _places(self, number: int) -> list[tuple[Tier, Replica]]:
+        by_number = self.volume.by_number
+        places = [(by_number[r.tier], r) for r in self.volume.catalog.replicas(number)]
+        return sorted(places, key=lambda place: place[0].index)
 
     def list_xattrs(self, number: int) -> list[bytes]:
         """Foreign ones, and a pin or ttl that is set: what a copy of the file should carry."""
@@ -208,6 +240,7 @@ class Attributes:
             if taken + xattr_cost(name, value) > XATTR_TOTAL_BYTES:
                 raise FilesystemError(errno.ENOSPC)
             catalog.set_xattr(number, name, value)
+        failpoints.hit("setxattr.recorded")
         await self._on_replicas(inode, _mirror_xattr, name, value)
 
     def parse_pin(self, value: bytes) -> str | None:
@@ -231,7 +264,12 @@ class Attributes:
             raise NotPermitted(f"{name.decode()} cannot be removed")
         elif not catalog.remove_xattr(number, name):
             raise FilesystemError(errno.ENODATA)
+        failpoints.hit("removexattr.recorded")
         await self._on_replicas(inode, _mirror_xattr, name, None)
+
+
+def _storable(time_ns: int | None) -> int | None:
+    return None if time_ns is None else min(max(time_ns, TIMES_NS[0]), TIMES_NS[1])
 
 
 def xattr_cost(name: bytes, value: bytes) -> int:
@@ -246,26 +284,41 @@ def parse_ttl(value: bytes) -> float | None:
         seconds = parse_duration(text) if text else 0.0
     except (ValueError, KvfsError) as error:
         raise InvalidOperation(f"not a time: {error}") from None
+    if seconds > LONGEST_TTL_S:
+        raise InvalidOperation(f"a time to live is at most {LONGEST_TTL_S:g} s")
     return seconds or None
 
 
-def seal_from(inode: Inode) -> Seal:
-    """The seal record of a sealed row."""
-    assert inode.checksum is not None, "a sealed block has a checksum"
-    return Seal(
-        inode.id, inode.generation, inode.size_bytes, inode.checksum,
-        inode.mode, inode.uid, inode.gid, inode.mtime_ns,
-    )  # fmt: skip
+def stored_pin(value: bytes) -> str | None:
+    """A pin as a file of a tier carries it, perhaps to a tier that is gone; nonsense is none."""
+    text = value.rstrip(b"\0").decode("ascii", "replace").strip()
+    return text if text != "0" and _PIN.fullmatch(text) else None
 
 
-def _rewrite_seal(tier: Tier, absolute: bytes, inode: Inode) -> None:
-    tier.write_seal(absolute, seal_from(inode))
+def takeable(xattrs: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """Of the xattrs that a file of a tier has, the foreign ones that a block may have."""
+    taken_bytes = 0
+    for name, value in xattrs:
+        cost_bytes = xattr_cost(name, value)
+        if not name.startswith(PREFIX) and taken_bytes + cost_bytes <= XATTR_TOTAL_BYTES:
+            taken_bytes += cost_bytes
+            yield name, value
+
+
+def differs(seal: Seal, inode: Inode) -> bool:
+    """Whether a record is not of what the row says is sealed."""
+    recorded = (seal.inode, seal.generation, seal.checksum)
+    return recorded != (inode.id, inode.generation, inode.checksum)
+
+
+def _rewrite_seal(tier: Tier, absolute: bytes, inode: Inode, replica: Replica) -> int:
+    """The time that the file has then; UNLIKE_ANY when it was touched before: it stays known."""
+    untouched = replica.mtime_ns in (0, tier.files.status(absolute).st_mtime_ns)
+    tier.write_seal(absolute, seal_from(inode, replica.codec))
+    failpoints.hit("setattr.mirrored")
+    return tier.files.status(absolute).st_mtime_ns if untouched else UNLIKE_ANY
 
 
 def _mirror_xattr(tier: Tier, absolute: bytes, name: bytes, value: bytes | None) -> None:
-    if not tier.identity.probe.xattrs:
-        return
-    if value is None:
-        os.removexattr(absolute, name)
-    else:
-        os.setxattr(absolute, name, value)
+    tier.mirror_xattr(absolute, name, value)
+    failpoints.hit("setxattr.mirrored")

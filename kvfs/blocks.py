@@ -10,56 +10,104 @@ import contextlib
 import errno
 import logging
 import os
+import sqlite3
 import stat
 from collections.abc import Awaitable, Callable
+from functools import partial
 
-from kvfs import heat, layout
-from kvfs.backing import continue_file, create_file, fetch_file, open_file
+from kvfs import failpoints, heat, layout
+from kvfs.backing import create_file, open_file
+from kvfs.closing import Closing
 from kvfs.copying import try_write
-from kvfs.errors import BlockExists, BlockStale, TierFull, TierOffline
+from kvfs.decoder import open_decoder
+from kvfs.errors import (
+    BlockCorrupt,
+    BlockExists,
+    BlockStale,
+    TierFull,
+    TierOffline,
+)
+from kvfs.fan_out import refuses_name
+from kvfs.fetching import fetch
+from kvfs.growth import Growth
+from kvfs.idle_blocks import IdleBlocks
 from kvfs.open_block import OpenBlock
 from kvfs.paths import Paths
-from kvfs.replicas import Replicas, ghost_key, largest
-from kvfs.rows import SUSPECT, BlockState, Inode, Kind, Replica
-from kvfs.space import PAGE_BYTES, Reservation, rounded, sealed
+from kvfs.relief import Relief
+from kvfs.replicas import Replicas
+from kvfs.rows import RAW, SUSPECT, BlockState, Inode, Kind, Replica
+from kvfs.space import PAGE_BYTES
+from kvfs.standby import stands_in, takes_over
 from kvfs.tier import Tier, close_descriptor
+from kvfs.verify import Verifier
 from kvfs.volume import Volume
 
 log = logging.getLogger(__name__)
+
+# Called with an inode and the tier of its compressed replica: the tier of a raw one (`Mover`).
+Unpack = Callable[[int, Tier], Awaitable[Tier]]
 
 
 class Blocks:
     """Owned by the trio loop."""
 
-    def __init__(self, volume: Volume, replicas: Replicas) -> None:
+    def __init__(
+        self, volume: Volume, replicas: Replicas, verifier: Verifier, unpack: Unpack
+    ) -> None:
         self.volume = volume
         self.replicas = replicas
+        self.verifier = verifier
+        self.unpack = unpack
         self.paths = Paths(volume)
+        self.relief = Relief(volume, replicas)
+        self.growth = Growth(volume, replicas, self.paths, self.relief)
         self._open = replicas.open_blocks
+        self.idle = IdleBlocks()
+        self.closing = Closing(volume, replicas, self.idle)
+        volume.catalog.changing = self._changing
+
+    def _changing(self, inode: int) -> None:
+        """The catalog is about to have another row, or other replicas, for a block."""
+        self.idle.forget(inode)
+        block = self._open.get(inode)
+        if block is not None:
+            block.outdated = True
 
     # --- opening
 
     async def create(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int
     ) -> tuple[Inode, OpenBlock]:
-        """A new block in state writing, open for writing. Raises BlockExists, TierFull."""
+        """A new block in state writing, open for writing; on the next tier where one fails.
+
+        Raises BlockExists, TierFull, OSError.
+        """
+        try:
+            return await self._create(parent, name, mode, uid, gid)
+        except (TierFull, OSError) as error:
+            if not await self.relief.follows(error):
+                raise
+        return await self._create(parent, name, mode, uid, gid)
+
+    async def _create(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, after: int = -1
+    ) -> tuple[Inode, OpenBlock]:
         catalog, volume = self.volume.catalog, self.volume
         layout.check_name(name)
         path = self.paths.of_name(parent, name)
         self.paths.check_length(path)
         keys = (parent, layout.namespace_of(path))
-        tier, reservation = await self.replicas.place(PAGE_BYTES, *keys)
+        tier, reservation = await self.replicas.place(PAGE_BYTES, *keys, after=after)
         try:
             path = await self.paths.free_name(parent, name)
-            if catalog.lookup(parent, name) is not None:
-                raise BlockExists(os.fsdecode(path))
             fanned = catalog.is_crowded(parent)
             inode = self._insert(parent, name, path, (mode, uid, gid), tier, fanned)
         except BaseException:
             reservation.release()
             raise
         block = OpenBlock(inode.id, tier, writers=1, reservation=reservation)
-        block.wrote(0)
+        # The time that the row has: nothing was written yet.
+        block.written, block.mtime_ns = True, inode.mtime_ns
         self._open[inode.id] = block
         try:
             async with block.lock:
@@ -67,8 +115,10 @@ class Blocks:
                 path = await self.paths.free_block(inode.id)
                 async with self.volume.claims.hold(path):
                     block.writer_fd = await self._make_file(tier, path, fanned, inode)
-        except BaseException:
+        except BaseException as error:
             self._undo_create(block, inode)
+            if takes_over(self.volume, tier, error):
+                return await self._create(parent, name, mode, uid, gid, after=tier.index)
             raise
         volume.counters.count("creates")
         return inode, block
@@ -80,12 +130,15 @@ class Blocks:
         catalog, volume = self.volume.catalog, self.volume
         now_s = volume.clock.now_s()
         mode, uid, gid = owner
-        with catalog.transaction():
+        with catalog.transaction("create"):
             number = catalog.insert_inode(
                 Kind.BLOCK, stat.S_IMODE(mode), uid, gid, int(now_s * 1e9)
             )
-            catalog.link(parent, name, number)
-            ghost = catalog.take_ghost(ghost_key(path))
+            try:
+                catalog.link(parent, name, number)
+            except sqlite3.IntegrityError:
+                raise BlockExists(os.fsdecode(path)) from None
+            ghost = catalog.ghosts.take(path)
             tau = heat.touch(ghost or heat.never, now_s, volume.config.tiering.half_life_s)
             catalog.add_replica(number, tier.number, 0, tau, fanned=fanned)
         volume.space.add(tier.index, 0)
@@ -98,12 +151,9 @@ class Blocks:
         try:
             return await tier.run_open(create_file, tier, path, fanned, inode)
         except OSError as error:
-            # ext4 refuses names of a crowded directory with space and inodes free.
-            if error.errno != errno.ENOSPC or fanned:
+            if fanned or not await refuses_name(tier, error):
                 raise
-            if await tier.run(tier.free_bytes) < PAGE_BYTES:
-                raise
-            with self.volume.catalog.transaction():
+            with self.volume.catalog.transaction("fan_out"):
                 self.volume.catalog.set_fanned(inode.id, tier.number, True)
             return await tier.run_open(create_file, tier, path, True, inode)
 
@@ -111,63 +161,93 @@ class Blocks:
         if block.reservation:
             block.reservation.release()
         del self._open[inode.id]
-        with self.volume.catalog.transaction():
+        with self.volume.catalog.transaction("undo_create"):
             self.volume.catalog.delete(inode.id)
         self.volume.space.remove(block.tier.index, 0)
         self.volume.blocks -= 1
 
-    async def open_reader(self, inode: int) -> OpenBlock:
-        """Open for reading on the fastest replica, or the one that is open already.
+    async def open_reader(
+        self, inode: int, avoid: frozenset[Tier] = frozenset(), *, stored: bool = False
+    ) -> OpenBlock:
+        """Open for reading on the fastest good replica, or the one that is open already.
 
-        Raises BlockStale (gone: the kernel looks the name up again), TierOffline.
+        Where the tier fails, on the next one. With `stored` a compressed replica of a local tier is
+        not decoded into staging: its own file is open. Raises BlockStale (gone: the kernel looks
+        the name up again), TierOffline, OSError.
         """
         while True:
-            block = self._open.get(inode)
-            if block is None:
-                block = OpenBlock(inode, self._choose(inode)[0])
-                self._open[inode] = block
+            block = self._open.get(inode) or self._enter(inode, self.idle.take(inode), avoid)
             block.readers += 1
             try:
                 if block.descriptor < 0:
-                    await self._open_descriptor(block)
+                    with block.tier.admitted():
+                        await self._open_descriptor(block, stored)
+                elif block.users > 1 and block.is_touched():
+                    await self.verifier.check_again(block)
+            except BlockCorrupt:
+                self.closing.drop_user(block, writer=False)
+                await self.verifier.condemn(inode, block.tier)
+                continue
             except FileNotFoundError as error:
-                self._drop_user(block, writer=False)
+                self.closing.drop_user(block, writer=False)
                 row = self.volume.catalog.get(inode)
                 if row is not None:
                     self.replicas.lose(row, block.tier, error.strerror or "no such file")
                 continue
-            except BaseException:
-                self._drop_user(block, writer=False)
+            except BaseException as error:
+                self.closing.drop_user(block, writer=False)
+                if stands_in(self.replicas, inode, block.tier, error, avoid):
+                    return await self.open_reader(inode, avoid | {block.tier}, stored=stored)
                 raise
             self.volume.counters.tier(block.tier.index).opens += 1
             return block
 
-    def _choose(self, inode: int) -> tuple[Tier, int]:
-        """The replica to open: its tier and allocated bytes."""
-        readable = self.replicas.readable(inode)
+    def join(self, inode: int, tier: Tier) -> OpenBlock:
+        """A reader with a descriptor of its own, of a block that is to stay on this tier; on the
+        one where it is open, if it is."""
+        block = self._open.get(inode)
+        if block is None:
+            block = self._open[inode] = self.idle.take(inode) or OpenBlock(inode, tier)
+        block.readers += 1
+        return block
+
+    def part(self, block: OpenBlock) -> None:
+        """Such a reader is gone, or another one whose close waits for nothing."""
+        self.closing.drop_user(block, writer=False)
+
+    def _enter(
+        self, inode: int, idle: OpenBlock | None = None, avoid: frozenset[Tier] = frozenset()
+    ) -> OpenBlock:
+        """The block in the table, before anybody has it open."""
+        block = self._open[inode] = idle or OpenBlock(inode, self._choose(inode, avoid))
+        return block
+
+    def _choose(self, inode: int, avoid: frozenset[Tier]) -> Tier:
+        """The tier of the replica to open."""
+        readable = [tier for tier, _ in self.replicas.readable(inode) if tier not in avoid]
         if readable:
-            tier, replica = readable[0]
-            return tier, replica.allocated_bytes
+            return readable[0]
         if self.volume.catalog.replicas(inode):
             raise TierOffline("every tier with a replica is offline")
         raise BlockStale("the block is gone")
 
-    async def _open_descriptor(self, block: OpenBlock) -> None:
+    async def _open_descriptor(self, block: OpenBlock, stored: bool) -> None:
+        opening = partial(self._open_for_reading, stored=stored)
         async with block.lock:
             if block.descriptor >= 0:
                 return
             await self.replicas.catch_up(block.tier)
             path = await self.paths.free_block(block.inode)
             with contextlib.suppress(FileNotFoundError):
-                await self._open_for_reading(block, path, self._is_fanned(block))
+                await opening(block, path, self._replica_of(block))
                 if self.volume.catalog.path_of(block.inode) == path:
                     return
                 # Renamed meanwhile: another block's file may have been there.
                 block.close_descriptors()
-            await self._while_claimed(block, self._open_for_reading)
+            await self._while_claimed(block, opening)
 
     async def _while_claimed(
-        self, block: OpenBlock, opening: Callable[[OpenBlock, bytes, bool], Awaitable[None]]
+        self, block: OpenBlock, opening: Callable[[OpenBlock, bytes, Replica], Awaitable[None]]
     ) -> None:
         """Open a file whose name nobody can change. FileNotFoundError: it is really gone.
 
@@ -178,60 +258,44 @@ class Blocks:
             path = await self.paths.free_block(block.inode)
             try:
                 async with self.volume.claims.hold(path):
-                    await opening(block, path, self._is_fanned(block))
+                    await opening(block, path, self._replica_of(block))
             except FileNotFoundError:
-                if settled or self._replica_of(block) is None:
+                if settled or self.growth.replica_of(block) is None:
+                    await block.tier.confirm_present()
                     raise
             else:
                 return
             await self.replicas.settle(block.tier)
 
-    def _is_fanned(self, block: OpenBlock) -> bool:
-        replica = self._replica_of(block)
+    def _replica_of(self, block: OpenBlock) -> Replica:
+        replica = self.growth.replica_of(block)
         if replica is None:
             raise FileNotFoundError(errno.ENOENT, "the replica went away")
-        return bool(replica.fanned)
+        return replica
 
-    async def _open_for_reading(self, block: OpenBlock, path: bytes, fanned: bool) -> None:
-        row = self.volume.catalog.get(block.inode)
-        expected = row.size_bytes if row and row.state == BlockState.SEALED else None
-        if block.tier.remote:
-            fetched = await self._fetch(block, path, fanned, expected)
+    async def _open_for_reading(
+        self, block: OpenBlock, path: bytes, replica: Replica, *, stored: bool
+    ) -> None:
+        """The descriptor is set once its bytes may be read by anybody."""
+        tier, fanned = block.tier, bool(replica.fanned)
+        expected = self.verifier.expected(self.volume.catalog.get(block.inode), replica)
+        # What is not sealed is raw.
+        packed = expected is not None and expected.codec != RAW
+        if tier.remote or (packed and not stored):
+            fetched = await fetch(self.volume, block, path, fanned, expected)
             if fetched >= 0:
                 block.reader_fd, block.fetched = fetched, True
                 return
-        block.reader_fd = await block.tier.run_open(
-            open_file, block.tier, path, fanned, os.O_RDONLY, expected
-        )
-
-    def _replica_of(self, block: OpenBlock) -> Replica | None:
-        for replica in self.volume.catalog.replicas(block.inode):
-            if replica.tier == block.tier.number:
-                return replica
-        return None
-
-    async def _fetch(
-        self, block: OpenBlock, path: bytes, fanned: bool, expected: int | None
-    ) -> int:
-        """Bring a remote block whole into local staging, so that no later read can fail.
-
-        -1 when the fastest tier has no room: the block is then read where it lies.
-        """
-        local = self.volume.tiers[0]
-        if local.remote or expected is None:
-            return -1
-        reservation = self.volume.space.reserve(local.index, rounded(expected))
-        if reservation is None:
-            return -1
+        descriptor = await tier.run_open(open_file, tier, path, fanned, os.O_RDONLY, expected)
         try:
-            descriptor = await block.tier.run_open(
-                fetch_file, block.tier, path, fanned, expected, local.root
-            )
+            if expected is not None:
+                await self.verifier.check(block.inode, tier, descriptor, expected, replica)
+            decoder = await tier.run(open_decoder, tier, descriptor) if packed else None
         except BaseException:
-            reservation.release()
+            close_descriptor(tier, descriptor)
             raise
-        block.reservation = reservation
-        return descriptor
+        block.reader_fd, block.decoder = descriptor, decoder
+        block.sealed = None if tier.remote else expected
 
     async def open_writer(self, inode: int, *, truncate: bool = False) -> OpenBlock:
         """Open an existing block for writing; a sealed one is reopened.
@@ -240,17 +304,25 @@ class Blocks:
         """
         while True:
             await self.paths.free_block(inode)
+            self.volume.torn.discard(inode)
             block = self._open.get(inode)
             if block is None:
-                block = OpenBlock(inode, self._choose(inode)[0])
-                self._open[inode] = block
+                self.idle.forget(inode)
+                block = self._enter(inode)
             block.writers += 1
             try:
-                async with block.lock:
-                    if block.writer_fd < 0:
-                        await self._while_claimed(block, self._open_for_writing)
+                with block.tier.admitted():
+                    async with block.lock:
+                        if block.writer_fd < 0:
+                            await self._unpack(block)
+                            opening = partial(self._open_for_writing, truncate=truncate)
+                            await self._while_claimed(block, opening)
                 if truncate:
                     await self.truncate(block, 0)
+            except BlockCorrupt:
+                await self.close(block, writer=True)
+                await self.verifier.condemn(inode, block.tier)
+                continue
             except FileNotFoundError:
                 await self.close(block, writer=True)
                 row = self.volume.catalog.get(inode)
@@ -263,28 +335,42 @@ class Blocks:
                 raise
             return block
 
-    async def _open_for_writing(self, block: OpenBlock, path: bytes, fanned: bool) -> None:
+    async def _unpack(self, block: OpenBlock) -> None:
+        """A compressed replica is not written to: the block goes on on a raw one."""
+        row, replica = self.volume.catalog.get(block.inode), self._replica_of(block)
+        expected = self.verifier.expected(row, replica)
+        if expected is not None and expected.codec != RAW:
+            block.tier = await self.unpack(block.inode, block.tier)
+
+    async def _open_for_writing(
+        self, block: OpenBlock, path: bytes, replica: Replica, *, truncate: bool
+    ) -> None:
         """Open the replica's file for writing and unseal the block. `block.lock` is held."""
-        tier = block.tier
-        descriptor = await tier.run_open(open_file, tier, path, fanned, os.O_RDWR, None)
+        tier, fanned = block.tier, bool(replica.fanned)
+        expected = self.verifier.expected(self.volume.catalog.get(block.inode), replica)
+        if truncate:
+            expected = None
+        descriptor = await tier.run_open(open_file, tier, path, fanned, os.O_RDWR, expected)
         try:
+            if expected is not None:
+                # What is bad must not be sealed once more.
+                await self.verifier.check(block.inode, tier, descriptor, expected, replica)
             if not block.written:
                 block.size_bytes = (await tier.run(os.fstat, descriptor)).st_size
             # By descriptor: another file may have the name by now.
             await tier.run(tier.clear_seal, descriptor)
-            replica = self._replica_of(block)
-            if replica is None:
+            failpoints.hit("reopen.seal_cleared")
+            now = self.growth.replica_of(block)
+            if now is None:
                 raise BlockStale("the block is gone")
         except BaseException:
             close_descriptor(tier, descriptor)
             raise
-        if block.fetched:
-            os.close(block.reader_fd)
-            block.reader_fd, block.fetched = -1, False
+        block.close_stand_in()
         if block.reservation:
             block.reservation.release()
-        block.writer_fd = descriptor
-        block.accounted_bytes = replica.allocated_bytes
+        block.writer_fd, block.sealed = descriptor, None
+        block.accounted_bytes = now.allocated_bytes
         block.reservation = self.volume.space.reserve(tier.index, 0)
         self._unseal(block)
 
@@ -294,7 +380,7 @@ class Blocks:
         row = catalog.get(block.inode)
         if row is None:
             return
-        with catalog.transaction():
+        with catalog.transaction("reopen"):
             if row.state in (BlockState.SEALED, BlockState.REOPENED):
                 catalog.update(row.id, state=int(BlockState.REOPENED))
                 catalog.set_replica_states(row.id, SUSPECT, besides=block.tier.number)
@@ -307,25 +393,43 @@ class Blocks:
 
     async def read(self, block: OpenBlock, offset: int, size: int) -> bytes:
         """Up to `size` bytes; short only at the end of the file."""
-        if block.local and not block.lock.locked():
-            data = os.pread(block.descriptor, size, offset)
-        elif block.writers:
-            async with block.lock:
-                data = await block.tier.run(os.pread, block.descriptor, size, offset)
+        if block.decoder is not None:
+            data = await self._read_decoded(block, offset, size)
+        elif block.local and not block.lock.locked():
+            with (self.volume.tiers[0] if block.fetched else block.tier).judged():
+                data = os.pread(block.descriptor, size, offset)
         else:
-            data = await block.tier.run(os.pread, block.descriptor, size, offset)
+            with block.tier.admitted():
+                async with block.lock if block.writers else contextlib.nullcontext():
+                    data = await block.tier.run(os.pread, block.descriptor, size, offset)
         self.volume.counters.tier(block.tier.index).bytes_read += len(data)
         return data
+
+    async def _read_decoded(self, block: OpenBlock, offset: int, size: int) -> bytes:
+        async with block.lock:
+            decoder = block.decoder
+            if decoder is None:
+                # A writer came meanwhile, and unpacked it.
+                return await block.tier.run(os.pread, block.descriptor, size, offset)
+            try:
+                return await decoder.tier.run(decoder.read, offset, size)
+            except BlockCorrupt as error:
+                bad = error
+        await self.verifier.condemn(block.inode, decoder.tier)
+        raise bad
 
     async def write(self, block: OpenBlock, offset: int, data: bytes) -> int:
         """All of `data`. Raises TierFull, TierOffline, OSError."""
         end = offset + len(data)
         done = False
-        if block.tier.inline and not block.lock.locked() and self._cover(block, end):
-            done = try_write(block.writer_fd, data, offset)
+        if block.tier.inline and not block.lock.locked() and self.growth.cover(block, end):
+            with block.tier.judged():
+                done = try_write(block.writer_fd, data, offset)
         if not done:
-            async with block.lock:
-                await self._write_locked(block, offset, data)
+            with block.tier.admitted():
+                async with block.lock:
+                    await self._write_locked(block, offset, data)
+        failpoints.hit("write.written")
         block.wrote(max(block.size_bytes, end))
         self.volume.counters.tier(block.tier.index).bytes_written += len(data)
         return len(data)
@@ -333,169 +437,37 @@ class Blocks:
     async def _write_locked(self, block: OpenBlock, offset: int, data: bytes) -> None:
         end = offset + len(data)
         while True:
-            if self._cover(block, end) and await block.tier.run(
+            if self.growth.cover(block, end) and await block.tier.run(
                 try_write, block.writer_fd, data, offset
             ):
                 return
-            await self._spill(block, end)
-
-    def _cover(self, block: OpenBlock, end: int) -> bool:
-        """Whether a file of `end` bytes is within what the block has been granted."""
-        assert block.reservation is not None, "an open writer has a reservation"
-        return block.reservation.grow_to(sealed(end) - block.accounted_bytes - block.held_bytes)
-
-    async def _spill(self, block: OpenBlock, end: int) -> None:
-        """The tier is full: the partial file goes on to the next one. `block.lock` is held."""
-        if block.orphan is not None:
-            raise TierFull("a file without a name does not move")
-        if await self.replicas.relieve(block, end):
-            return
-        if block.backing_id:
-            raise TierFull("the kernel reads its file: it stays where it is until the last close")
-        target, reservation = await self.replicas.place(end, after=block.tier.index)
-        try:
-            path = await self.paths.free_block(block.inode)
-            async with self.volume.claims.hold(path):
-                await self._continue_on(block, target, path, reservation)
-        except BaseException:
-            if block.reservation is not reservation:
-                reservation.release()
-            raise
-        self.volume.counters.count("spills")
-
-    async def _continue_on(
-        self, block: OpenBlock, target: Tier, path: bytes, reservation: Reservation
-    ) -> None:
-        catalog, source = self.volume.catalog, block.tier
-        row, replica = catalog.get(block.inode), self._replica_of(block)
-        if row is None or replica is None:
-            raise BlockStale("the block is gone")
-        fanned = bool(replica.fanned)
-        descriptor = await target.run_open(
-            continue_file, target, path, fanned, row, block.writer_fd
-        )
-        try:
-            with catalog.transaction():
-                replicas = catalog.replicas(row.id)
-                promised = self.replicas.promise_removal(row.id, path, [replica], inline_too=True)
-                catalog.drop_replica(row.id, source.number)
-                catalog.add_replica(row.id, target.number, 0, replica.tau, fanned=fanned)
-        except BaseException:
-            close_descriptor(target, descriptor)
-            raise
-        self.replicas.account_spill(replicas, source, target)
-        block.close_descriptors()
-        block.tier, block.writer_fd, block.accounted_bytes = target, descriptor, 0
-        if block.reservation:
-            block.reservation.release()
-        block.reservation = reservation
-        # Promised: a tier that fails now does it later.
-        with contextlib.suppress(OSError, TierOffline):
-            await source.run(source.remove, path, fanned)
-            catalog.intent_done(promised[source.number])
+            await self.growth.spill(block, end)
 
     async def truncate(self, block: OpenBlock, size: int) -> None:
         """Set the length of a block that is open for writing."""
         async with block.lock:
-            while not self._cover(block, size):
-                await self._spill(block, size)
+            while not self.growth.cover(block, size):
+                await self.growth.spill(block, size)
             await block.tier.run(os.ftruncate, block.writer_fd, size)
+            failpoints.hit("truncate.truncated")
             block.wrote(size)
 
     async def fsync(self, block: OpenBlock, *, data_only: bool) -> None:
         """Bytes are on the medium, and a file still being written is published."""
         flush = os.fdatasync if data_only else os.fsync
-        async with block.lock:
-            if block.descriptor >= 0 and not block.fetched:
-                await block.tier.run_in_thread(flush, block.descriptor)
+        with block.tier.admitted():
+            async with block.lock:
+                if block.descriptor >= 0 and not block.fetched:
+                    await block.tier.run_in_thread(flush, block.descriptor)
+        failpoints.hit("fsync.synced")
+        block.look()
         row = self.volume.catalog.get(block.inode)
         if block.writers and row and row.state == BlockState.WRITING and not block.orphan:
-            with self.volume.catalog.transaction():
+            with self.volume.catalog.transaction("fsync"):
                 self.volume.catalog.update(
                     row.id, state=int(BlockState.PUBLISHED), size_bytes=block.size_bytes
                 )
 
-    # --- closing
-
     async def close(self, block: OpenBlock, *, writer: bool) -> None:
         """One handle is gone. Never raises for what the tier does: nobody would hear it."""
-        if not writer:
-            self._drop_user(block, writer=False)
-            return
-        if block.writers == 1 and block.writer_fd >= 0:
-            try:
-                async with block.lock:
-                    if block.writers == 1:
-                        await self._finish_writing(block)
-            finally:
-                self._drop_user(block, writer=True)
-            return
-        self._drop_user(block, writer=True)
-
-    def _drop_user(self, block: OpenBlock, *, writer: bool) -> None:
-        if writer:
-            block.writers -= 1
-        else:
-            block.readers -= 1
-        if block.users:
-            return
-        if self._open.get(block.inode) is block:
-            del self._open[block.inode]
-        block.close_descriptors()
-        if block.reservation:
-            block.reservation.release()
-        self.volume.space[block.tier.index].held_bytes -= block.held_bytes
-        block.held_bytes = 0
-
-    async def _finish_writing(self, block: OpenBlock) -> None:
-        """The last writer closes: record size and allocation, let the sealer have it."""
-        try:
-            status = await block.tier.run(os.fstat, block.writer_fd)
-        except (OSError, TierOffline) as error:
-            log.error("tier %s: close of inode %d: %s", block.tier.name, block.inode, error)
-            block.retire_writer()
-            return
-        if block.orphan is None:
-            # What is not recorded now the sealer records.
-            with self.volume.tolerate("recording a closed file"):
-                self._record(block, status)
-        try:
-            if block.readers and block.reader_fd < 0:
-                block.reader_fd = await block.tier.run_open(
-                    os.open, f"/proc/self/fd/{block.writer_fd}", os.O_RDONLY | os.O_CLOEXEC
-                )
-            descriptor, block.writer_fd = block.writer_fd, -1
-            # A network filesystem writes what it has of the file now.
-            await block.tier.run(os.close, descriptor)
-        except (OSError, TierOffline) as error:
-            log.error("tier %s: close of inode %d: %s", block.tier.name, block.inode, error)
-            block.retire_writer()
-        block.unseen = False
-        if block.reservation:
-            block.reservation.release()
-        if block.orphan is None:
-            self.volume.request_seal(block.inode)
-
-    def _record(self, block: OpenBlock, status: os.stat_result) -> None:
-        volume = self.volume
-        allocated = status.st_blocks * 512
-        columns = {"size_bytes": status.st_size}
-        if block.unseen:
-            block.attributes_of(status)
-        row = volume.catalog.get(block.inode)
-        if block.written and row is not None:
-            # The mtime may have been set to an older one since.
-            ctime_ns = max(row.ctime_ns, block.mtime_ns)
-            columns |= {"mtime_ns": block.mtime_ns, "ctime_ns": ctime_ns}
-        with volume.catalog.transaction():
-            volume.catalog.update(block.inode, **columns)
-            volume.catalog.set_allocated(block.inode, block.tier.number, allocated)
-        others = [r for r in volume.catalog.replicas(block.inode) if r.tier != block.tier.number]
-        volume.space.resize(
-            block.tier.index, block.accounted_bytes, allocated, beside_bytes=largest(others)
-        )
-        block.accounted_bytes = allocated
-        entry = volume.catalog.entry(block.inode)
-        path = volume.catalog.path_of(block.inode)
-        if entry and path:
-            volume.space.learn(status.st_size, entry[0], layout.namespace_of(path))
+        await self.closing.close(block, writer=writer)

@@ -11,21 +11,26 @@ import contextlib
 import os
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvfs import layout, schema
-from kvfs.rows import GOOD, ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
+from kvfs import failpoints, layout, schema
+from kvfs.ghosts import Ghosts
+from kvfs.recent import Recent
+from kvfs.rows import GOOD, RAW, ROOT_INODE, BlockState, Inode, Intent, Kind, Placed, Replica
 
 DIRECTORY_PATHS_CACHED = 16_384
+ROWS_CACHED = 8192
 BATCH_ROWS = 500
 # What the write-ahead log is cut to once it has been moved into the database.
 LOG_BYTES = 16 << 20
-PAGE_BYTES = 4096
+# Small: a transaction logs each page that it touches, a new block nine of them.
+PAGE_BYTES = 1024
 
 _INODE = ", ".join(f"i.{column}" for column in Inode._fields)
 _REPLICA = ", ".join(Replica._fields)
+_MARKS = ", ".join("?" for _ in Replica._fields)
 
 
 class Catalog:
@@ -36,6 +41,7 @@ class Catalog:
         self.path = path
         self._db = sqlite3.connect(path, isolation_level=None, cached_statements=256)
         try:
+            self._db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA cache_size = -16384")
@@ -43,13 +49,22 @@ class Catalog:
             # A service checkpoints from a thread: an fsync would stop the loop.
             self._db.execute("PRAGMA wal_autocheckpoint = 0")
             self.created = schema.prepare(self._db)
+            if self.created:
+                _close_to_others(path)
         except BaseException:
             self._db.close()
             raise
         self._paths: OrderedDict[int, bytes] = OrderedDict()
         self._names: dict[int, int] = {}
         self._intents_done: list[int] = []
+        self.ghosts = Ghosts(self._db)
         self.fan_out_names = layout.FAN_OUT_NAMES
+        # Rows as the catalog has them: whatever changes one of an inode forgets it.
+        self._rows = Recent[Inode](ROWS_CACHED)
+        self._replicas = Recent[tuple[Replica, ...]](ROWS_CACHED)
+        self._entries = Recent[tuple[int, bytes]](ROWS_CACHED)
+        # Called with an inode before its row or the places of its replicas change.
+        self.changing: Callable[[int], None] = lambda inode: None
 
     @property
     def connection(self) -> sqlite3.Connection:
@@ -57,14 +72,17 @@ class Catalog:
         return self._db
 
     def close(self) -> None:
-        self.checkpoint(self._db)
+        # What cannot be moved now the next one to open the catalog finds in the log.
+        with contextlib.suppress(sqlite3.Error):
+            self.checkpoint(self._db)
         self._db.close()
 
     @staticmethod
     def checkpoint(connection: sqlite3.Connection) -> int:
         """Move the log into the database; cheap to repeat. How long the log is."""
         _, frames, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        return int(frames) * PAGE_BYTES
+        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+        return int(frames) * int(page_bytes)
 
     def log_bytes(self) -> int:
         """Size of the log file."""
@@ -80,8 +98,8 @@ class Catalog:
         return connection
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing. There is no await between the statements of one."""
+    def transaction(self, name: str) -> Iterator[None]:
+        """All or nothing, with no await between its statements; `name` is for its failpoints."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             if self._intents_done:
@@ -89,12 +107,26 @@ class Catalog:
                     "DELETE FROM intent WHERE id = ?", [(i,) for i in self._intents_done]
                 )
             yield
+            failpoints.hit(f"{name}.changed")
             self._db.execute("COMMIT")
         except BaseException:
+            self._forget_rows()
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
         self._intents_done.clear()
+        failpoints.hit(f"{name}.committed")
+
+    def _changing(self, inode: int) -> None:
+        self._rows.forget(inode)
+        self._replicas.forget(inode)
+        self._entries.forget(inode)
+        self.changing(inode)
+
+    def _forget_rows(self) -> None:
+        self._rows.clear()
+        self._replicas.clear()
+        self._entries.clear()
 
     # --- meta and tiers
 
@@ -127,7 +159,8 @@ class Catalog:
 
     def forget_tier(self, number: int) -> None:
         """Drop the tier and its replicas; blocks without any other are gone."""
-        with self.transaction():
+        with self.transaction("forget_tier"):
+            self._forget_rows()
             self._db.execute("DELETE FROM replica WHERE tier = ?", (number,))
             self._db.execute("DELETE FROM intent WHERE tier = ?", (number,))
             self._db.execute("DELETE FROM tier WHERE number = ?", (number,))
@@ -148,29 +181,6 @@ class Catalog:
         ).fetchone()
         return int(row[0])
 
-    def usage(self) -> dict[int, tuple[int, int]]:
-        """Per tier number: replicas, allocated bytes. A scan: at mount only."""
-        numbers = [tier[0] for tier in self.known_tiers()]
-        if not numbers:
-            return {}
-        # Grouped by tier, SQLite would walk the heat index and seek every row: ten times slower.
-        columns = ", ".join(
-            f"count(*) FILTER (WHERE tier = {number}),"
-            f" sum(allocated_bytes) FILTER (WHERE tier = {number})"
-            for number in numbers
-        )
-        found = self._db.execute(f"SELECT {columns} FROM replica").fetchone()
-        pairs = zip(numbers, found[::2], found[1::2], strict=True)
-        return {number: (count, size) for number, count, size in pairs if count}
-
-    def duplicate_bytes(self) -> int:
-        """Bytes of replicas beyond the largest of each block. A scan: at mount only."""
-        row = self._db.execute(
-            "SELECT coalesce(sum(extra), 0) FROM (SELECT sum(allocated_bytes)"
-            " - max(allocated_bytes) AS extra FROM replica GROUP BY inode HAVING count(*) > 1)"
-        ).fetchone()
-        return int(row[0])
-
     def orphans(self) -> list[int]:
         """Inodes without a name, and blocks without a replica. A scan."""
         rows = self._db.execute(
@@ -179,13 +189,6 @@ class Catalog:
             " (SELECT 1 FROM replica r WHERE r.inode = i.id)))"
         )
         return [row[0] for row in rows]
-
-    def totals(self) -> tuple[int, int]:
-        """How many blocks and directories there are. A scan: at mount only."""
-        blocks, every = self._db.execute(
-            f"SELECT count(*) FILTER (WHERE kind = {int(Kind.BLOCK)}), count(*) FROM inode"
-        ).fetchone()
-        return blocks, every - blocks
 
     # --- names
 
@@ -198,15 +201,40 @@ class Catalog:
         return Inode._make(row) if row else None
 
     def get(self, inode: int) -> Inode | None:
+        cached = self._rows.get(inode)
+        if cached is not None:
+            return cached
         row = self._db.execute(f"SELECT {_INODE} FROM inode i WHERE id = ?", (inode,)).fetchone()
-        return Inode._make(row) if row else None
+        return self._rows.put(inode, Inode._make(row)) if row else None
+
+    def load(self, inodes: Iterable[int]) -> None:
+        """Have the rows and replicas of some inodes in memory: two queries for all."""
+        unknown = [i for i in inodes if not (self._rows.get(i) and self._replicas.get(i))]
+        for start in range(0, len(unknown), BATCH_ROWS):
+            part = unknown[start : start + BATCH_ROWS]
+            # Of few lengths, so that the statements are prepared once.
+            asked = part + part[-1:] * ((1 << (len(part) - 1).bit_length()) - len(part))
+            marks = ",".join("?" * len(asked))
+            rows = self._db.execute(f"SELECT {_INODE} FROM inode i WHERE id IN ({marks})", asked)
+            for row in rows:
+                self._rows.put(row[0], Inode._make(row))
+            replicas: dict[int, list[Replica]] = {number: [] for number in part}
+            for row in self._db.execute(
+                f"SELECT {_REPLICA} FROM replica WHERE inode IN ({marks})", asked
+            ):
+                replicas[row[0]].append(Replica._make(row))
+            for number, found in replicas.items():
+                self._replicas.put(number, tuple(found))
 
     def entry(self, inode: int) -> tuple[int, bytes] | None:
         """(parent, name) of an inode; None for the root and for what has no name."""
+        cached = self._entries.get(inode)
+        if cached is not None:
+            return cached
         row = self._db.execute(
             "SELECT parent, name FROM dirent WHERE inode = ?", (inode,)
         ).fetchone()
-        return (row[0], row[1]) if row else None
+        return self._entries.put(inode, (row[0], row[1])) if row else None
 
     def path_of(self, inode: int) -> bytes | None:
         """The path of a block or directory; None when it has no name any more."""
@@ -220,13 +248,20 @@ class Catalog:
 
     def directory_path(self, inode: int) -> bytes | None:
         """`path_of` for directories, from a bounded cache."""
-        cached = self._paths.get(inode)
-        if cached is not None:
+        below: list[tuple[int, bytes]] = []
+        while inode != ROOT_INODE and inode not in self._paths:
+            entry = self.entry(inode)
+            # Names of a damaged catalog may lead in a circle.
+            if entry is None or len(below) > layout.PATH_MAX_BYTES:
+                return None
+            below.append((inode, entry[1]))
+            inode = entry[0]
+        path = b""
+        if inode != ROOT_INODE:
+            path = self._paths[inode]
             self._paths.move_to_end(inode)
-            return cached
-        path = self.path_of(inode)
-        if path is not None:
-            self._paths[inode] = path
+        for number, name in reversed(below):
+            path = self._paths[number] = layout.join(path, name)
             if len(self._paths) > DIRECTORY_PATHS_CACHED:
                 self._paths.popitem(last=False)
         return path
@@ -291,21 +326,31 @@ class Catalog:
             (inode, kind, mode, uid, gid, size_bytes, now_ns, now_ns, now_ns,
              generation, state, checksum),
         )  # fmt: skip
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
+        number = cursor.lastrowid
+        assert number is not None
+        times_ns = (now_ns, now_ns, now_ns)
+        row = Inode(number, kind, mode, uid, gid, size_bytes, *times_ns,
+                    generation, state, checksum, None, None)  # fmt: skip
+        self._rows.put(number, row)
+        self._replicas.put(number, ())
+        return number
 
     def link(self, parent: int, name: bytes, inode: int) -> None:
+        """Give a new inode its name. Raises sqlite3.IntegrityError when the name is taken."""
         self._db.execute("INSERT INTO dirent VALUES (?, ?, ?)", (inode, parent, name))
+        self._entries.put(inode, (parent, name))
         self._count_name(parent, 1)
 
     def relink(self, inode: int, parent: int, name: bytes) -> None:
         """Give an inode another name."""
-        row = self._db.execute("SELECT parent FROM dirent WHERE inode = ?", (inode,)).fetchone()
-        self._count_name(row[0], -1)
-        self._count_name(parent, 1)
+        before = self.entry(inode)
+        assert before is not None, "what is renamed has a name"
         self._db.execute(
             "UPDATE dirent SET parent = ?, name = ? WHERE inode = ?", (parent, name, inode)
         )
+        self._entries.put(inode, (parent, name))
+        self._count_name(before[0], -1)
+        self._count_name(parent, 1)
 
     def forget_paths(self) -> None:
         """A directory was renamed."""
@@ -317,6 +362,7 @@ class Catalog:
         self._paths.pop(inode, None)
 
     def _delete_rows(self, inode: int) -> None:
+        self._changing(inode)
         row = self._db.execute(
             "DELETE FROM dirent WHERE inode = ? RETURNING parent", (inode,)
         ).fetchone()
@@ -328,8 +374,12 @@ class Catalog:
 
     def update(self, inode: int, **columns: Any) -> None:
         """Set columns of an inode."""
+        self.changing(inode)
         assignments = ", ".join(f"{column} = ?" for column in columns)
         self._db.execute(f"UPDATE inode SET {assignments} WHERE id = ?", (*columns.values(), inode))
+        cached = self._rows.get(inode)
+        if cached is not None:
+            self._rows.put(inode, cached._replace(**columns))
 
     def unsealed(self, states: Iterable[BlockState]) -> list[int]:
         """Inodes of blocks in one of these states."""
@@ -349,44 +399,62 @@ class Catalog:
     # --- replicas and heat
 
     def replicas(self, inode: int) -> list[Replica]:
-        rows = self._db.execute(f"SELECT {_REPLICA} FROM replica WHERE inode = ?", (inode,))
-        return [Replica._make(row) for row in rows]
+        cached = self._replicas.get(inode)
+        if cached is None:
+            rows = self._db.execute(f"SELECT {_REPLICA} FROM replica WHERE inode = ?", (inode,))
+            cached = self._replicas.put(inode, tuple(Replica._make(row) for row in rows))
+        return list(cached)
 
-    def replica_page(self, tier: int, after: int) -> list[tuple[int, int, int, int]]:
-        """(inode, fanned, size, state) of up to BATCH_ROWS replicas on a tier, by inode."""
-        return self._db.execute(
-            "SELECT r.inode, r.fanned, i.size_bytes, i.state FROM replica r"
+    def replica_page(self, tier: int, after: int) -> list[Placed]:
+        """Up to BATCH_ROWS replicas on a tier, by inode."""
+        rows = self._db.execute(
+            "SELECT r.inode, r.fanned, r.codec, i.size_bytes, i.state, i.checksum FROM replica r"
             " JOIN inode i ON i.id = r.inode WHERE r.inode > ? AND r.tier = ?"
             " ORDER BY r.inode LIMIT ?",
             (after, tier, BATCH_ROWS),
-        ).fetchall()
+        )
+        return [Placed._make(row) for row in rows]
 
     def add_replica(
         self, inode: int, tier: int, allocated_bytes: int, tau: float, *,
-        fanned: bool = False, state: int = GOOD,
+        fanned: bool = False, state: int = GOOD, verified: int = 0, mtime_ns: int = 0,
+        codec: int = RAW, saved_bytes: int = 0,
     ) -> None:  # fmt: skip
+        self.changing(inode)
+        row = Replica(
+            inode, tier, allocated_bytes, state, int(fanned), tau, verified, mtime_ns,
+            codec, saved_bytes,
+        )  # fmt: skip
+        self._db.execute(f"INSERT OR REPLACE INTO replica VALUES ({_MARKS})", row)
+        cached = self._replicas.get(inode)
+        if cached is not None:
+            self._replicas.put(inode, (*(r for r in cached if r.tier != tier), row))
+
+    def update_replica(self, inode: int, tier: int, **columns: Any) -> None:
+        """Set columns of a replica that do not say where it is."""
+        assignments = ", ".join(f"{column} = ?" for column in columns)
         self._db.execute(
-            "INSERT OR REPLACE INTO replica VALUES (?, ?, ?, ?, ?, ?)",
-            (inode, tier, allocated_bytes, state, int(fanned), tau),
+            f"UPDATE replica SET {assignments} WHERE inode = ? AND tier = ?",
+            (*columns.values(), inode, tier),
         )
+        cached = self._replicas.get(inode)
+        if cached is not None:
+            changed = (r._replace(**columns) if r.tier == tier else r for r in cached)
+            self._replicas.put(inode, tuple(changed))
 
     def drop_replica(self, inode: int, tier: int) -> None:
+        self._changing(inode)
         self._db.execute("DELETE FROM replica WHERE inode = ? AND tier = ?", (inode, tier))
 
     def set_allocated(self, inode: int, tier: int, allocated_bytes: int) -> None:
-        self._db.execute(
-            "UPDATE replica SET allocated_bytes = ? WHERE inode = ? AND tier = ?",
-            (allocated_bytes, inode, tier),
-        )
+        self.update_replica(inode, tier, allocated_bytes=allocated_bytes)
 
     def set_fanned(self, inode: int, tier: int, fanned: bool) -> None:
-        self._db.execute(
-            "UPDATE replica SET fanned = ? WHERE inode = ? AND tier = ?",
-            (int(fanned), inode, tier),
-        )
+        self.update_replica(inode, tier, fanned=int(fanned))
 
     def set_replica_states(self, inode: int, state: int, *, besides: int) -> None:
         """Mark all replicas but the one on tier `besides`."""
+        self._changing(inode)
         self._db.execute(
             "UPDATE replica SET state = ? WHERE inode = ? AND tier != ?", (state, inode, besides)
         )
@@ -403,29 +471,16 @@ class Catalog:
         return row[0] if row else None
 
     def set_tau(self, inode: int, tau: float, atime_ns: int) -> None:
+        self._replicas.forget(inode)
+        self._rows.forget(inode)
         self._db.execute("UPDATE replica SET tau = ? WHERE inode = ?", (tau, inode))
         self._db.execute("UPDATE inode SET atime_ns = ? WHERE id = ?", (atime_ns, inode))
 
     def clamp_heat(self, latest: float) -> None:
         """No tau above `latest`: a clock that was wrong once does no lasting harm."""
+        self._forget_rows()
         for table in ("replica", "ghost"):
             self._db.execute(f"UPDATE {table} SET tau = ? WHERE tau > ?", (latest, latest))
-
-    def take_ghost(self, key: bytes) -> float | None:
-        """The remembered heat of an evicted name, forgotten by this."""
-        row = self._db.execute("DELETE FROM ghost WHERE key = ? RETURNING tau", (key,)).fetchone()
-        return row[0] if row else None
-
-    def add_ghost(self, key: bytes, tau: float) -> None:
-        self._db.execute("INSERT OR REPLACE INTO ghost VALUES (?, ?)", (key, tau))
-
-    def trim_ghosts(self, most: int) -> None:
-        """Forget the coldest beyond `most`."""
-        self._db.execute(
-            "DELETE FROM ghost WHERE key IN (SELECT key FROM ghost ORDER BY tau DESC"
-            " LIMIT -1 OFFSET ?)",
-            (most,),
-        )
 
     # --- xattrs
 
@@ -460,6 +515,10 @@ class Catalog:
         assert cursor.lastrowid is not None
         return Intent(cursor.lastrowid, tier, kind, inode, path, target)
 
+    def retarget(self, intent: int, target: bytes) -> None:
+        """A rename goes elsewhere than was promised."""
+        self._db.execute("UPDATE intent SET target = ? WHERE id = ?", (target, intent))
+
     def intents(self, tier: int, *, upto: int | None = None) -> list[Intent]:
         """What is left to do on a tier, in order; `upto` an intent and with it."""
         rows = self._db.execute(
@@ -479,12 +538,11 @@ class Catalog:
         """Forget it with the next transaction: applying an intent twice is harmless."""
         self._intents_done.append(intent)
         if len(self._intents_done) >= BATCH_ROWS:
-            with self.transaction():
-                pass
+            self.flush_intents()
 
     def flush_intents(self) -> None:
         if self._intents_done:
-            with self.transaction():
+            with self.transaction("intents_done"):
                 pass
 
     def replica_at(self, tier: int, stored: bytes) -> int | None:
@@ -497,3 +555,10 @@ class Catalog:
             if replica.tier == tier and bool(replica.fanned) == fanned:
                 return inode.id
         return None
+
+
+def _close_to_others(path: Path) -> None:
+    """SQLite lets everybody read what it makes, and gives a log the mode of its database."""
+    for part in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(f"{path}{part}", 0o600)

@@ -12,10 +12,13 @@ each frame against its checksum before it is decoded. What does not fit raises B
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import xxhash
@@ -62,6 +65,16 @@ class CompressedInfo:
     file_bytes: int
     checksum: bytes
     plane_split: bool
+
+
+class Header(NamedTuple):
+    """What a compressed replica says of itself. `checksum` is that of the block's seal."""
+
+    size_bytes: int
+    plane_split: bool
+    checksum: bytes
+    file_bytes: int
+    table_checksum: int
 
 
 class Frame(NamedTuple):
@@ -120,13 +133,28 @@ def compress_file(
     After None the target is empty again. `progress` gets the bytes read so far. Raises OSError.
     """
     size = os.fstat(source).st_size
+    return _compress(size, partial(_pread_at, source), target, plane_split, progress)
+
+
+def recompress(
+    block: CompressedBlock, target: int, *, plane_split: bool,
+    progress: Callable[[int], None] | None = None,
+) -> CompressedInfo | None:  # fmt: skip
+    """`compress_file` of a block that is compressed in another way. Raises BlockCorrupt too."""
+    return _compress(block.size_bytes, block.read, target, plane_split, progress)
+
+
+def _compress(
+    size: int, read: Callable[[int, int], bytes], target: int, plane_split: bool,
+    progress: Callable[[int], None] | None,
+) -> CompressedInfo | None:  # fmt: skip
     shape = _Shape(size, plane_split and size % 2 == 0)
     if 0 < size <= MAX_BLOCK_BYTES:
         writer = _Writer(target, shape)
         digest = xxhash.xxh3_128()
         offset = 0
         while offset < size and writer.is_worth_it:
-            content = _pread(source, min(PIECE_BYTES, size - offset), offset)
+            content = read(offset, min(PIECE_BYTES, size - offset))
             digest.update(content)
             writer.add(content)
             offset += len(content)
@@ -203,6 +231,7 @@ class CompressedBlock:
 
     def __init__(self, descriptor: int, shape: _Shape, checksum: bytes, table: bytes) -> None:
         self._descriptor = descriptor
+        self._pread = _reader(descriptor)
         self._shape = shape
         self.checksum = checksum
         self.frames = _frames_in(table, shape)
@@ -245,14 +274,35 @@ class CompressedBlock:
         if digest.digest() != self.checksum:
             raise BlockCorrupt("a compressed replica does not have the content it was made of")
 
+    @property
+    def stored_bytes(self) -> int:
+        """The length of the frames in the file, with the gaps between them."""
+        last = self.frames[-1]
+        return last.offset + last.length_bytes - self.frames[0].offset
+
+    def read_stored(self, into: memoryview) -> None:
+        """Fill `into` with the frames as they are stored, for a decoder elsewhere (nvcomp).
+
+        Each is checked, for such a decoder may take valid frames only. `into` has `stored_bytes`.
+        Raises BlockCorrupt, OSError.
+        """
+        begin = self.frames[0].offset
+        done = 0
+        while done < len(into):
+            count = os.preadv(self._descriptor, [into[done:]], begin + done)
+            if count == 0:
+                raise BlockCorrupt("a file is shorter than it was or than it says")
+            done += count
+        for frame in self.frames:
+            _check_frame(frame, into[frame.offset - begin :][: frame.length_bytes])
+
     def _pieces(self, first: int, end: int) -> memoryview:
         """The content of whole pieces, from one read of the file."""
         per_piece = self._shape.frames_per_piece
         frames = self.frames[first * per_piece : end * per_piece]
         begin = frames[0].offset
-        stored = memoryview(
-            _pread(self._descriptor, frames[-1].offset + frames[-1].length_bytes - begin, begin)
-        )
+        end_bytes = frames[-1].offset + frames[-1].length_bytes
+        stored = memoryview(self._pread(end_bytes - begin, begin))
         decode = zstandard.ZstdDecompressor().decompress
         contents = [
             _content_of(frame, stored[frame.offset - begin :][: frame.length_bytes], decode)
@@ -270,9 +320,12 @@ class CompressedBlock:
         return memoryview(merged)
 
 
-def open_compressed(descriptor: int) -> CompressedBlock:
-    """Read and check header and table. Raises BlockCorrupt for what is no compressed replica."""
-    header = _pread(descriptor, HEADER_BYTES, 0)
+def read_header(descriptor: int) -> Header:
+    """The checked header; nothing more of the file is read.
+
+    Raises BlockCorrupt for what is no compressed replica, OSError.
+    """
+    header = _reader(descriptor)(HEADER_BYTES, 0)
     (check,) = _CHECK.unpack(header[-_CHECK.size :])
     if xxhash.xxh3_64_intdigest(header[: -_CHECK.size]) != check:
         raise BlockCorrupt("the header of a compressed replica is damaged")
@@ -292,12 +345,22 @@ def open_compressed(descriptor: int) -> CompressedBlock:
         or file_bytes != os.fstat(descriptor).st_size
     ):
         raise BlockCorrupt("the header of a compressed replica contradicts itself or its file")
-    table = _pread(descriptor, shape.table_bytes, HEADER_BYTES)
-    if xxhash.xxh3_64_intdigest(table) != table_check:
+    return Header(size_bytes, shape.plane_split, checksum, file_bytes, table_check)
+
+
+def open_compressed(descriptor: int) -> CompressedBlock:
+    """Read and check header and table. With O_DIRECT the medium is read, past the page cache.
+
+    Raises BlockCorrupt for what is no compressed replica, OSError.
+    """
+    header = read_header(descriptor)
+    shape = _Shape(header.size_bytes, header.plane_split)
+    table = _reader(descriptor)(shape.table_bytes, HEADER_BYTES)
+    if xxhash.xxh3_64_intdigest(table) != header.table_checksum:
         raise BlockCorrupt("the frame table of a compressed replica is damaged")
-    block = CompressedBlock(descriptor, shape, checksum, table)
+    block = CompressedBlock(descriptor, shape, header.checksum, table)
     last = block.frames[-1]
-    if _aligned(last.offset + last.length_bytes, HEADER_BYTES) != file_bytes:
+    if _aligned(last.offset + last.length_bytes, HEADER_BYTES) != header.file_bytes:
         raise BlockCorrupt("the frame table of a compressed replica contradicts its file")
     return block
 
@@ -318,15 +381,26 @@ def _frames_in(table: bytes, shape: _Shape) -> tuple[Frame, ...]:
 
 def _content_of(frame: Frame, stored: memoryview, decode: Callable[..., bytes]) -> bytes:
     """One frame decoded, with no more memory than it may need."""
+    _check_frame(frame, stored)
+    try:
+        return decode(stored, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise BlockCorrupt(f"a frame of a compressed replica cannot be decoded: {error}") from None
+
+
+def _check_frame(frame: Frame, stored: memoryview) -> None:
+    """Raises BlockCorrupt for what a decoder should not be given."""
     if xxhash.xxh3_64_intdigest(stored) != frame.checksum:
         raise BlockCorrupt("a frame of a compressed replica does not match its checksum")
     try:
-        # zstandard allocates what a frame announces, whatever limit it is given.
-        if zstandard.frame_content_size(stored) == frame.size_bytes:
-            return decode(stored, allow_extra_data=False)
+        announced = zstandard.frame_content_size(stored)
     except zstandard.ZstdError as error:
         raise BlockCorrupt(f"a frame of a compressed replica cannot be decoded: {error}") from None
-    raise BlockCorrupt("a frame of a compressed replica holds another length than its table says")
+    # A decoder allocates what a frame announces, whatever limit it is given.
+    if announced != frame.size_bytes:
+        raise BlockCorrupt(
+            "a frame of a compressed replica holds another length than its table says"
+        )
 
 
 def _aligned(position: int, alignment: int) -> int:
@@ -344,8 +418,17 @@ def _gap(position: int, alignment: int) -> bytes:
     return head.ljust(length, b"\0")
 
 
+def _reader(descriptor: int) -> Callable[[int, int], bytes]:
+    """Reads exactly so many bytes at an offset. Raises BlockCorrupt where the file ends before."""
+    direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
+    return partial(_pread_direct if direct else _pread, descriptor)
+
+
+def _pread_at(descriptor: int, offset: int, size: int) -> bytes:
+    return _pread(descriptor, size, offset)
+
+
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """Exactly `size` bytes. Raises BlockCorrupt where the file ends before, OSError."""
     data = os.pread(descriptor, size, offset)
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))
@@ -353,3 +436,17 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
             raise BlockCorrupt("a file is shorter than it was or than it says")
         data += more
     return data
+
+
+def _pread_direct(descriptor: int, size: int, offset: int) -> bytes:
+    """O_DIRECT wants whole pages into whole pages; a compressed file has no others."""
+    begin = offset - offset % HEADER_BYTES
+    wanted = offset + size - begin
+    pages = mmap.mmap(-1, wanted + -wanted % HEADER_BYTES)
+    done = 0
+    while done < wanted:
+        count = os.preadv(descriptor, [memoryview(pages)[done:]], begin + done)
+        if count == 0:
+            raise BlockCorrupt("a file is shorter than it was or than it says")
+        done += count
+    return pages[offset - begin : wanted]

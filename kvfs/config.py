@@ -19,17 +19,25 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import msgspec
 from msgspec import Meta, Struct, field
 
+from kvfs import mount_table
 from kvfs.errors import ConfigError
 from kvfs.layout import PRIVATE_DIR
 from kvfs.units import MAX_SIZE_BYTES, parse_duration, parse_size, printable
 
 Medium = Literal["nvme", "hdd", "remote"]
 OnFull = Literal["evict", "refuse"]
+Verify = Literal["first-open", "after-crash", "always", "never"]
+Unfinished = Literal["remove", "quarantine"]
+Durability = Literal["none", "seal"]
+Compress = Literal["none", "zstd", "zstd-planes"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LeaseWait = Literal["staging", "promote", "none"]
 
 T = TypeVar("T", bound=Struct)
 
 _Bytes = Annotated[int, Meta(ge=1, le=MAX_SIZE_BYTES)]
+_BytesOrZero = Annotated[int, Meta(ge=0, le=MAX_SIZE_BYTES)]
+_Count = Annotated[int, Meta(ge=1, le=10**8)]
 _Fraction = Annotated[float, Meta(gt=0, le=1)]
 _Factor = Annotated[float, Meta(ge=0, le=1e6)]
 _LONGEST_S = 10 * 365 * 86400.0
@@ -42,7 +50,10 @@ _DEFAULT_SHARE_OF_FREE_SPACE = 0.8
 
 
 class TierConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """One `[[tier]]`. What is None comes from `[tiering]`; no write budget means no limit."""
+    """One `[[tier]]`. What is None comes from `[tiering]`; no write budget means no limit.
+
+    Without a word on durability it is `none` for the first tier and `seal` for the others.
+    """
 
     name: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{1,32}\Z")]
     path: Path
@@ -54,6 +65,8 @@ class TierConfig(Struct, frozen=True, forbid_unknown_fields=True):
     low_watermark: _Fraction | None = None
     promote_bandwidth: _Bytes | None = None
     write_budget_per_day: _Bytes | None = None
+    durability: Durability | None = None
+    compress: Compress = "none"
 
     def __post_init__(self) -> None:
         """Fill in what depends on the medium; a file cannot say 0 for either."""
@@ -64,7 +77,7 @@ class TierConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TieringConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """`[tiering]`: how heat is counted and when blocks move; all of it can change while mounted."""
+    """`[tiering]`: heat, moves and what is checked; all of it can change while mounted."""
 
     interval_s: _Seconds = field(name="interval", default=1.0)
     half_life_s: _Seconds = field(name="half_life", default=120.0)
@@ -85,6 +98,12 @@ class TieringConfig(Struct, frozen=True, forbid_unknown_fields=True):
     quiet_uids: tuple[Annotated[int, Meta(ge=0, lt=2**32)], ...] = ()
     workers: Annotated[int, Meta(ge=1, le=64)] = 2
     ghosts: Annotated[int, Meta(ge=0, le=10**8)] = 100_000
+    verify: Verify = "first-open"
+    scrub_rate: _BytesOrZero = 0
+    seal_rate: _BytesOrZero = 2**30
+    unfinished: Unfinished = "remove"
+    quarantine_max: _BytesOrZero = 2**30
+    quarantine_ttl_s: _Seconds = field(name="quarantine_ttl", default=7 * 86400.0)
 
     def watermarks(self, tier: TierConfig) -> tuple[float, float]:
         """The low and the high watermark in force on `tier`."""
@@ -108,6 +127,19 @@ class MountConfig(Struct, frozen=True, forbid_unknown_fields=True):
     passthrough: Literal["auto", "require", "off"] = "auto"
 
 
+class LeasesConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[leases]`: what clients of the library get, and each user's limits; all of it is live."""
+
+    wait: LeaseWait = "staging"
+    deadline_s: _Seconds = field(name="deadline", default=10.0)
+    max_lease_s: _Seconds = field(name="max_lease", default=600.0)
+    max_leases: _Count = 32_768
+    max_bytes: _Bytes = 64 * 2**30
+    max_waiting: _Count = 64
+    staging: _BytesOrZero = 2**30
+    prefetches: _Count = 16_384
+
+
 class Config(Struct, frozen=True):
     """A whole configuration, tiers fastest first; `source` is what error messages call it."""
 
@@ -115,6 +147,7 @@ class Config(Struct, frozen=True):
     tiering: TieringConfig = TieringConfig()
     mount: MountConfig = field(default_factory=MountConfig)
     source: str = "command line"
+    leases: LeasesConfig = LeasesConfig()
 
 
 class _ConfigFile(Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,6 +156,7 @@ class _ConfigFile(Struct, frozen=True, forbid_unknown_fields=True):
     tier: tuple[TierConfig, ...] = ()
     tiering: TieringConfig = TieringConfig()
     mount: MountConfig = field(default_factory=MountConfig)
+    leases: LeasesConfig = LeasesConfig()
 
 
 def load_config(path: Path) -> Config:
@@ -136,9 +170,11 @@ def load_config(path: Path) -> Config:
         raise _refusal(source, "", f"is not UTF-8 at byte {error.start}") from error
     except tomllib.TOMLDecodeError as error:
         raise _refusal(source, "", f"is not TOML: {error}") from error
+    except RecursionError as error:
+        raise _refusal(source, "", "is nested too deeply") from error
     document = _parse_units(content, source, "")
     file = _convert(document, _ConfigFile, source)
-    config = Config(file.tier, file.tiering, file.mount, source)
+    config = Config(file.tier, file.tiering, file.mount, source, file.leases)
     check_config(config, None)
     return config
 
@@ -202,7 +238,18 @@ def _held_bytes(directory: Path) -> int:
 
 # --- from a document to structs ---------------------------------------------------------------
 
-_SIZE_KEYS = frozenset({"capacity", "promote_bandwidth", "write_budget_per_day"})
+_SIZE_KEYS = frozenset(
+    {
+        "capacity",
+        "promote_bandwidth",
+        "write_budget_per_day",
+        "scrub_rate",
+        "seal_rate",
+        "quarantine_max",
+        "max_bytes",
+        "staging",
+    }
+)
 _DURATION_KEYS = frozenset(
     {
         "deadline",
@@ -212,6 +259,8 @@ _DURATION_KEYS = frozenset(
         "entry_timeout",
         "attr_timeout",
         "negative_timeout",
+        "quarantine_ttl",
+        "max_lease",
     }
 )
 
@@ -220,7 +269,12 @@ _EXPECTATIONS = {
     "name": "must be 1 to 32 of A-Z a-z 0-9 _ -",
     "medium": f"must be one of {', '.join(get_args(Medium))}",
     "on_full": f"must be one of {', '.join(get_args(OnFull))}",
+    "durability": f"must be one of {', '.join(get_args(Durability))}",
+    "compress": f"must be one of {', '.join(get_args(Compress))}",
+    "verify": f"must be one of {', '.join(get_args(Verify))}",
+    "unfinished": f"must be one of {', '.join(get_args(Unfinished))}",
     "log_level": f"must be one of {', '.join(get_args(LogLevel))}",
+    "wait": f"must be one of {', '.join(get_args(LeaseWait))}",
     "fsname": "must be 1 to 64 of A-Z a-z 0-9 _ . : / @ -",
     "capacity": "must be more than 0 and at most 8 EiB",
 }
@@ -229,6 +283,7 @@ _TABLES: dict[str, type[Struct]] = {
     "tier": TierConfig,
     "tiering": TieringConfig,
     "mount": MountConfig,
+    "leases": LeasesConfig,
 }
 
 
@@ -304,6 +359,7 @@ def check_config(config: Config, mountpoint: Path | None) -> None:
     if not config.tier:
         raise _refusal(config.source, "tier", "is empty; give at least one [[tier]] or --tier")
     _check_names(config)
+    _check_compression(config)
     _check_watermarks(config)
     _check_places(config, mountpoint)
 
@@ -315,6 +371,13 @@ def _check_names(config: Config) -> None:
             reason = f"{tier.name} is the name of tier[{first[tier.name]}] as well"
             raise _refusal(config.source, f"tier[{index}].name", reason)
         first[tier.name] = index
+
+
+def _check_compression(config: Config) -> None:
+    for index, tier in enumerate(config.tier):
+        if tier.compress != "none" and tier.medium == "nvme":
+            reason = f"is for hdd and remote tiers, not for {tier.name}, which is nvme"
+            raise _refusal(config.source, f"tier[{index}].compress", reason)
 
 
 def _check_watermarks(config: Config) -> None:
@@ -375,7 +438,7 @@ def _overlap(root: Path, other: Path, called: str) -> str:
 
 def _resolve(path: Path, source: str, key: str) -> Path:
     try:
-        return path.resolve()
+        return mount_table.resolve(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise _refusal(source, key, f"{path} cannot be followed: {error}") from error
 
@@ -398,6 +461,8 @@ _LIVE_TIER_KEYS = frozenset(
         "low_watermark",
         "promote_bandwidth",
         "write_budget_per_day",
+        "durability",
+        "compress",
     }
 )
 
@@ -418,6 +483,7 @@ def reloadable_changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
                 changes = applied if key in _LIVE_TIER_KEYS else needs_remount
                 changes.append(f"tier[{index}].{key}")
     applied.extend(f"tiering.{key}" for key in _differences(old.tiering, new.tiering))
+    applied.extend(f"leases.{key}" for key in _differences(old.leases, new.leases))
     needs_remount.extend(f"mount.{key}" for key in _differences(old.mount, new.mount))
     return applied, needs_remount
 

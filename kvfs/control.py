@@ -10,6 +10,7 @@ One message is one `SOCK_SEQPACKET` datagram with one msgpack map:
 - any number of `{v, id, progress}`, then one `{v, id, result}` or `{v, id, error}`
 - a message above `INLINE_BYTES` travels in a sealed memfd, announced by `{v, body_bytes}`. The
   seals make sure that the sender can neither shrink nor change it while it is read.
+- progress and result may bring descriptors, announced by `fds`; whoever receives them owns them
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from kvfs import errors
+from kvfs import errors, mount_table
 from kvfs.errors import (
     DaemonUnavailable,
     FilesystemError,
@@ -38,6 +38,7 @@ from kvfs.errors import (
     exit_code_of,
     is_expected,
 )
+from kvfs.mount_table import MountEntry
 from kvfs.units import printable
 
 if TYPE_CHECKING:
@@ -48,12 +49,14 @@ INLINE_BYTES = 64 * 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
 RECV_BYTES = INLINE_BYTES
 ANCILLARY_BYTES = socket.CMSG_SPACE(array.array("i").itemsize)
+# SCM_MAX_FD of the kernel: more in one message are EINVAL.
+MOST_DESCRIPTORS = 253
+ALL_DESCRIPTORS_BYTES = socket.CMSG_SPACE(MOST_DESCRIPTORS * array.array("i").itemsize)
 SOCKET_ENV = "KVFS_SOCKET"
 SOCKET_XATTR = "user.kvfs.socket"
 FSTYPE = "fuse.kvfs"
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-_OCTAL_ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 Ancillary = list[tuple[int, int, bytes]]
 
@@ -67,10 +70,11 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far the work on request `id` is; more messages follow."""
+    """How far request `id` is, or a part of what was asked for; more messages follow."""
 
     id: int
     progress: dict[str, Any]
+    descriptors: tuple[int, ...] = ()
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -78,6 +82,7 @@ class Reply(msgspec.Struct, frozen=True):
 
     id: int
     result: dict[str, Any]
+    descriptors: tuple[int, ...] = ()
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -96,11 +101,6 @@ class Error(msgspec.Struct, frozen=True):
 
 
 Message = Request | Progress | Reply | Error
-_KINDS: tuple[tuple[str, type[Progress | Reply | Error]], ...] = (
-    ("progress", Progress),
-    ("result", Reply),
-    ("error", Error),
-)
 
 
 class _Wire(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -114,6 +114,7 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     result: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
     error: ErrorBody | msgspec.UnsetType = msgspec.UNSET
     body_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    fds: int = 0
 
 
 _decoder = msgspec.msgpack.Decoder(_Wire)
@@ -123,6 +124,9 @@ _encoder = msgspec.msgpack.Encoder()
 def encode_message(message: Message) -> tuple[bytes, int | None]:
     """The datagram for `message` and, for a large body, the memfd to send along and then close."""
     fields = {name: getattr(message, name) for name in message.__struct_fields__}
+    descriptors = fields.pop("descriptors", ())
+    if descriptors:
+        fields["fds"] = len(descriptors)
     try:
         try:
             body = _encoder.encode(_Wire(v=VERSION, **fields))
@@ -140,51 +144,73 @@ def encode_message(message: Message) -> tuple[bytes, int | None]:
     return _encoder.encode(_Wire(v=VERSION, body_bytes=len(body))), _sealed_memfd(body)
 
 
-def decode_message(data: bytes, fds: Sequence[int] = ()) -> Message:
-    """The message in a datagram, or `InvalidOperation`; closes all of `fds`."""
+def decode_message(
+    data: bytes, fds: Sequence[int] = (), *, lost: bool = False, most_bytes: int = MAX_BODY_BYTES
+) -> Message:
+    """The message in a datagram, which has its descriptors then; or `InvalidOperation`, and all of
+    `fds` are closed. With `lost` the kernel could not deliver all of them, and the rest is closed.
+    """
+    left = list(fds)
     try:
         wire = _decode_wire(data)
         if wire.body_bytes is not msgspec.UNSET:
-            if len(fds) != 1:
-                raise InvalidOperation(f"control message: a body came with {len(fds)} descriptors")
-            wire = _decode_wire(_read_sealed(fds[0], wire.body_bytes))
-        elif fds:
-            raise InvalidOperation("control message: unexpected descriptors")
-    finally:
-        _close_all(fds)
-    return _message_of(wire)
+            if not left:
+                raise InvalidOperation("control message: a body came with 0 descriptors")
+            wire = _decode_wire(_read_sealed(left[0], wire.body_bytes, most_bytes))
+            os.close(left.pop(0))
+        if lost:
+            close_all(left)
+            left = []
+        elif len(left) != wire.fds:
+            raise InvalidOperation(f"control message: unexpected descriptors ({len(left)})")
+        return _message_of(wire, tuple(left))
+    except BaseException:
+        close_all(left)
+        raise
 
 
 @contextlib.contextmanager
 def pack(message: Message) -> Iterator[tuple[list[bytes], Ancillary]]:
     """The arguments for one `sendmsg`; the memfd lives until the block ends, so send inside it."""
     data, memfd = encode_message(message)
-    if memfd is None:
+    descriptors = array.array("i", () if memfd is None else (memfd,))
+    if isinstance(message, Progress | Reply):
+        descriptors.extend(message.descriptors)
+    if not descriptors:
         yield [data], []
         return
     try:
-        yield [data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [memfd]).tobytes())]
+        yield [data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors.tobytes())]
     finally:
-        os.close(memfd)
+        if memfd is not None:
+            os.close(memfd)
 
 
-def unpack(data: bytes, ancillary: Ancillary, flags: int) -> Message:
+def unpack(
+    data: bytes, ancillary: Ancillary, flags: int, most_bytes: int = MAX_BODY_BYTES
+) -> Message:
     """The message in what `recvmsg(RECV_BYTES, ANCILLARY_BYTES, MSG_CMSG_CLOEXEC)` returned."""
-    return decode_message(*recv_parts(data, ancillary, flags))
+    return decode_message(*recv_parts(data, ancillary, flags), most_bytes=most_bytes)
 
 
 def recv_parts(data: bytes, ancillary: Ancillary, flags: int) -> tuple[bytes, list[int]]:
     """The datagram and the descriptors that came with it, which the caller then owns."""
+    fds = descriptors_in(ancillary)
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        close_all(fds)
+        raise InvalidOperation(
+            f"control message is above {INLINE_BYTES} bytes or has too many descriptors"
+        )
+    return data, fds
+
+
+def descriptors_in(ancillary: Ancillary) -> list[int]:
+    """The descriptors that `recvmsg` returned, which the caller then owns."""
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        _close_all(fds)
-        raise InvalidOperation(
-            f"control message is above {INLINE_BYTES} bytes or has too many descriptors"
-        )
-    return data, fds.tolist()
+    return fds.tolist()
 
 
 def error_answer(request_id: int, error: BaseException) -> Error:
@@ -250,19 +276,20 @@ def _decode_wire(data: bytes) -> _Wire:
     return wire
 
 
-def _message_of(wire: _Wire) -> Message:
+def _message_of(wire: _Wire, descriptors: tuple[int, ...]) -> Message:
     if wire.id is msgspec.UNSET or wire.body_bytes is not msgspec.UNSET:
         raise InvalidOperation("malformed control message: no id")
-    present = [
-        (kind, value)
-        for name, kind in _KINDS
-        if (value := getattr(wire, name)) is not msgspec.UNSET
-    ]
-    if wire.verb is not msgspec.UNSET and not present:
+    answers = (wire.progress, wire.result, wire.error)
+    answered = sum(answer is not msgspec.UNSET for answer in answers)
+    if wire.verb is not msgspec.UNSET and not answered and not descriptors:
         return Request(wire.id, wire.verb, {} if wire.args is msgspec.UNSET else wire.args)
-    if wire.verb is msgspec.UNSET and wire.args is msgspec.UNSET and len(present) == 1:
-        kind, value = present[0]
-        return kind(wire.id, value)
+    if wire.verb is msgspec.UNSET and wire.args is msgspec.UNSET and answered == 1:
+        if wire.progress is not msgspec.UNSET:
+            return Progress(wire.id, wire.progress, descriptors)
+        if wire.result is not msgspec.UNSET:
+            return Reply(wire.id, wire.result, descriptors)
+        if wire.error is not msgspec.UNSET and not descriptors:
+            return Error(wire.id, wire.error)
     raise InvalidOperation("malformed control message: not a request, nor one answer")
 
 
@@ -279,7 +306,7 @@ def _sealed_memfd(body: bytes) -> int:
     return memfd
 
 
-def _read_sealed(memfd: int, size_bytes: int) -> bytes:
+def _read_sealed(memfd: int, size_bytes: int, most_bytes: int) -> bytes:
     # Without the seals a peer could shrink the file under us, or pass one whose reads block.
     try:
         seals = fcntl.fcntl(memfd, fcntl.F_GET_SEALS)
@@ -287,7 +314,7 @@ def _read_sealed(memfd: int, size_bytes: int) -> bytes:
         raise InvalidOperation("control message: the body is not a memfd") from error
     if seals & _SEALS != _SEALS:
         raise InvalidOperation("control message: the body is not sealed")
-    if not INLINE_BYTES < size_bytes <= MAX_BODY_BYTES or os.fstat(memfd).st_size != size_bytes:
+    if not INLINE_BYTES < size_bytes <= most_bytes or os.fstat(memfd).st_size != size_bytes:
         raise InvalidOperation(f"control message: a body of {size_bytes} bytes is refused")
     body = bytearray()
     while len(body) < size_bytes:
@@ -298,7 +325,8 @@ def _read_sealed(memfd: int, size_bytes: int) -> bytes:
     return bytes(body)
 
 
-def _close_all(fds: Iterable[int]) -> None:
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that nobody wants."""
     for fd in fds:
         os.close(fd)
 
@@ -400,14 +428,6 @@ class Mount(msgspec.Struct, frozen=True):
     relative: bytes
 
 
-class _MountEntry(msgspec.Struct, frozen=True):
-    """One line of mountinfo; `root` is the directory of the filesystem that is mounted there."""
-
-    mountpoint: bytes
-    root: bytes
-    fstype: str
-
-
 def find_mount(path: Path | str | bytes) -> Mount:
     """The kvfs mount that holds `path`, which need not exist.
 
@@ -415,7 +435,7 @@ def find_mount(path: Path | str | bytes) -> Mount:
     because a bind mount of a subdirectory is a mount root too.
     """
     absolute = os.path.realpath(os.fsencode(path))
-    entry = _holder_of(absolute, _mount_entries())
+    entry = _holder_of(absolute, mount_table.entries())
     shown = os.fsdecode(path)
     if entry is None or not entry.fstype.startswith("fuse"):
         raise MountpointError(f"{shown} is not inside a kvfs mount")
@@ -428,11 +448,11 @@ def find_mount(path: Path | str | bytes) -> Mount:
 
 def kvfs_mountpoints() -> list[Path]:
     """Every kvfs mount that this process sees, dead ones too."""
-    found = {entry.mountpoint for entry in _mount_entries() if entry.fstype == FSTYPE}
+    found = {entry.mountpoint for entry in mount_table.entries() if entry.fstype == FSTYPE}
     return [Path(os.fsdecode(mountpoint)) for mountpoint in sorted(found)]
 
 
-def _socket_of(entry: _MountEntry, shown: str) -> str:
+def _socket_of(entry: MountEntry, shown: str) -> str:
     mountpoint = os.fsdecode(entry.mountpoint)
     try:
         return os.fsdecode(os.getxattr(entry.mountpoint, SOCKET_XATTR))
@@ -449,7 +469,7 @@ def _socket_of(entry: _MountEntry, shown: str) -> str:
         raise MountpointError(f"{shown} is not inside a kvfs mount") from error
 
 
-def _holder_of(absolute: bytes, entries: Iterable[_MountEntry]) -> _MountEntry | None:
+def _holder_of(absolute: bytes, entries: Iterable[MountEntry]) -> MountEntry | None:
     """The entry with the longest mountpoint above `absolute`; of several there, the topmost."""
     holder = None
     for entry in entries:
@@ -459,17 +479,3 @@ def _holder_of(absolute: bytes, entries: Iterable[_MountEntry]) -> _MountEntry |
         if inside and (holder is None or len(entry.mountpoint) >= len(holder.mountpoint)):
             holder = entry
     return holder
-
-
-def _mount_entries(mountinfo: Path = Path("/proc/self/mountinfo")) -> list[_MountEntry]:
-    entries = []
-    for line in mountinfo.read_bytes().splitlines():
-        fields, _, source = line.partition(b" - ")
-        _, _, _, root, mountpoint, *_ = fields.split(b" ")
-        fstype = source.split(b" ")[0].decode("ascii", "replace")
-        entries.append(_MountEntry(_unescape(mountpoint), _unescape(root), fstype))
-    return entries
-
-
-def _unescape(field: bytes) -> bytes:
-    return _OCTAL_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field)

@@ -25,10 +25,17 @@ import errno
 import os
 import sqlite3
 
+# Answers of a tier's filesystem that speak of its medium, not of the one file.
+MEDIUM_ERRNOS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENODEV,
+     errno.ENXIO, errno.EREMOTEIO}
+)  # fmt: skip
 _DISK_CODES = frozenset(
     {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
      sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
 )  # fmt: skip
+
+SHORTAGE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class KvfsError(Exception):
@@ -36,6 +43,8 @@ class KvfsError(Exception):
 
     errno: int = errno.EIO
     exit_code: int = 1
+    # What metrics call it.
+    reason: str = "refused"
 
 
 class UsageError(KvfsError):
@@ -62,12 +71,32 @@ class TierOffline(TierError):
     """The block lives only on a tier that does not answer."""
 
     errno = errno.EIO
+    reason = "offline"
+
+
+class TierDeadline(TierOffline):
+    """A tier did not answer a call within its deadline."""
+
+    reason = "deadline"
+
+
+class TierBusy(TierOffline):
+    """So many requests wait for a tier already that one more would keep others from theirs."""
+
+    reason = "waiting"
+
+
+class StagingFailed(TierError):
+    """The fastest tier could not hold what was to be fetched onto it."""
+
+    reason = "staging"
 
 
 class TierFull(TierError):
     """No tier has room for the bytes, and nothing may be evicted."""
 
     errno = errno.ENOSPC
+    reason = "full"
 
 
 class MountpointError(KvfsError):
@@ -94,6 +123,7 @@ class BlockNotFound(KvfsError):
 
     errno = errno.ENOENT
     exit_code = 8
+    reason = "gone"
 
 
 class BlockExists(KvfsError):
@@ -106,18 +136,44 @@ class BlockStale(KvfsError):
     """The kernel asked for an inode that lost its last replica; it looks the name up again."""
 
     errno = errno.ESTALE
+    reason = "gone"
 
 
 class BlockCorrupt(KvfsError):
     """A replica's bytes do not have the checksum recorded at seal."""
 
     errno = errno.EIO
+    reason = "checksum"
+
+
+class BlockTorn(BlockCorrupt):
+    """A replica's file has not the length that was recorded at seal."""
+
+    reason = "size"
 
 
 class BlockBusy(KvfsError):
     """The block is open, unsealed or changed while it was being moved."""
 
     errno = errno.EBUSY
+    reason = "busy"
+
+
+class DeviceError(KvfsError):
+    """A GPU cannot be used, or it or a library for it failed."""
+
+
+class QuotaExceeded(KvfsError):
+    """A user has as many leases, bytes or waiting requests as he may have at one time."""
+
+    errno = errno.EDQUOT
+    reason = "quota"
+
+
+class ClientForked(KvfsError):
+    """A client was made in another process: its connection belongs to that one."""
+
+    errno = errno.EBADF
 
 
 class NotPermitted(KvfsError):
@@ -142,15 +198,35 @@ class FilesystemError(KvfsError):
         self.errno = number
 
 
+class RecordBehind(OSError):
+    """A file has its new name, but its seal record could not be written: that is to be repeated."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether the daemon lacks descriptors or memory: it says nothing of a tier or a file."""
+    return isinstance(error, OSError) and error.errno in SHORTAGE_ERRNOS
+
+
 def errno_of(error: BaseException) -> int:
     """The errno a system call answers when `error` reached the mount edge."""
     if isinstance(error, KvfsError):
         return error.errno
     if isinstance(error, OSError):
-        return error.errno or errno.EIO
+        number = error.errno or errno.EIO
+        # ENOTCONN of a tier, say, is not that of the mount.
+        return errno.EIO if number in MEDIUM_ERRNOS else number
     if is_of_catalog_disk(error) and "full" in str(error):
         return errno.ENOSPC
     return errno.EIO
+
+
+def reason_of(error: BaseException) -> str:
+    """The word that metrics have for `error`: few and fixed, or the name of an errno."""
+    if isinstance(error, KvfsError):
+        return error.reason
+    if isinstance(error, OSError):
+        return errno.errorcode.get(error.errno or 0, "EIO")
+    return "catalog" if is_of_catalog_disk(error) else "bug"
 
 
 def is_expected(error: BaseException) -> bool:
@@ -164,6 +240,21 @@ def is_of_catalog_disk(error: BaseException) -> bool:
         return False
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     return code & 0xFF in _DISK_CODES
+
+
+def damaged_catalog(what: str) -> sqlite3.DatabaseError:
+    """The error for rows that kvfs cannot have written, as if SQLite had found them."""
+    error = sqlite3.DatabaseError(what)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
+
+
+def is_of_damaged_catalog(error: BaseException) -> bool:
+    """Whether SQLite found that the catalog's file is not what it wrote; alone or in a group."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(is_of_damaged_catalog(inner) for inner in error.exceptions)
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def exit_code_of(error: BaseException) -> int:

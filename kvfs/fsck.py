@@ -2,30 +2,43 @@
 
 Online it runs in the daemon, beside the requests; offline it opens the volume itself, which needs
 every tier unmounted. What is repaired follows the catalog; what only a tier knows is adopted if its
-seal says so, else put to quarantine.
+seal says so, else put to quarantine. Without repair nothing is changed: offline not even what the
+next mount would put right after a crash, which is found as well then.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 
-from kvfs import layout
+from kvfs import failpoints, layout, scans
+from kvfs.attributes import differs
+from kvfs.catalog_file import catalog_path
 from kvfs.config import Config
+from kvfs.quarantine import look, take_charge
 from kvfs.recovery import Verdict
-from kvfs.rows import BlockState, Kind
-from kvfs.seal import Seal
+from kvfs.replicas import largest
+from kvfs.rows import BlockState, Inode, Kind
+from kvfs.space import PAGE_BYTES, saved_by
 from kvfs.store import Store
 from kvfs.tier import Tier
-from kvfs.volume import catalog_path, open_volume
-from kvfs.walk import Found, in_batches, missing_files, walk_tier
+from kvfs.volume import open_volume
+from kvfs.walk import Fault, Found, in_batches, missing_files, walk_tier
 
 AsyncProgress = Callable[[int, int], Awaitable[None]]
-PROGRESS_EVERY = 500
+# Any name is in staging for a moment; a copy's is of a form of its own.
+MOMENT_S = 60.0
+FAULTS: dict[Fault, str] = {
+    "missing-file": "no such file",
+    "wrong-size": "not of the sealed length",
+    "wrong-header": "not the header of what was sealed",
+}
+UNFINISHED = (BlockState.WRITING, BlockState.PUBLISHED, BlockState.REOPENED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +68,17 @@ class FsckReport:
 
 
 class Fsck:
-    """One check of a store. Owned by the trio loop."""
+    """One check of a store. Owned by the trio loop.
 
-    def __init__(self, store: Store, *, repair: bool, progress: AsyncProgress) -> None:
+    `serving`: a daemon is at work, so what is under way is not a finding.
+    """
+
+    def __init__(
+        self, store: Store, *, repair: bool, progress: AsyncProgress, serving: bool = True
+    ) -> None:
         self.store = store
         self.repair = repair
+        self.serving = serving
         self.report = FsckReport()
         self._progress = progress
         self._total = sum(account.blocks for account in store.volume.space.tiers) * 2
@@ -72,8 +91,13 @@ class Fsck:
                 continue
             await self._check_files(tier)
             await self._check_rows(tier)
-        self._check_orphans()
+            await self._check_private(tier)
+        if not self.serving:
+            self._check_unfinished()
+        orphans = self._check_orphans()
         self._check_accounts()
+        if self.repair or not orphans:
+            self._check_totals()
         return self.report
 
     def _found(
@@ -98,86 +122,174 @@ class Fsck:
         recovery, catalog = self.store.recovery, self.store.volume.catalog
         async with self.store.volume.claims.hold(found.path):
             verdict = recovery.judge(tier, found)
-            gone = not await tier.run(os.path.lexists, tier.locate(found.path, found.fanned))
-        if gone:
+            gone = not await tier.run(tier.files.exists, tier.locate(found.path, found.fanned))
+        if gone or recovery.is_promised(tier, found):
             return
         if verdict is not Verdict.KNOWN:
             if self.repair:
                 await recovery.absorb(tier, found)
-            self._found("unknown-file", found.path, tier, verdict.value, repaired=self.repair)
+            kind = "duplicate" if verdict is Verdict.DUPLICATE else "unknown-file"
+            self._found(kind, found.path, tier, verdict.value, repaired=self.repair)
             return
         inode = catalog.resolve(found.path)
         if inode is None or inode.state != BlockState.SEALED or inode.kind != Kind.BLOCK:
             return
-        if found.seal is None or _differs(found.seal, inode.id, inode.generation, inode.checksum):
-            await self._reseal(tier, found)
-
-    async def _reseal(self, tier: Tier, found: Found) -> None:
-        """A record that does not say what the catalog says: the sealer writes it again."""
-        catalog = self.store.volume.catalog
-        inode = catalog.resolve(found.path)
-        if inode is None or inode.id in self.store.replicas.open_blocks:
+        replica = next(r for r in catalog.replicas(inode.id) if r.tier == tier.number)
+        # One that looks like another block's is found by its row.
+        if inode.id in self.store.replicas.open_blocks or not found.may_hold(inode, replica.codec):
             return
-        if self.repair and inode.checksum is not None:
-            seal = Seal(
-                inode.id, inode.generation, inode.size_bytes, inode.checksum,
-                inode.mode, inode.uid, inode.gid, inode.mtime_ns,
+        if found.seal is None or differs(found.seal, inode):
+            await self._reseal(tier, inode, found.path)
+        else:
+            self._check_allocation(tier, inode, found)
+
+    async def _reseal(self, tier: Tier, inode: Inode, path: bytes) -> None:
+        """A record that does not say what the catalog says is written again for what was sealed.
+
+        What a file without its record holds is read first.
+        """
+        if self.repair and not await self.store.verifier.condemn(inode.id, tier):
+            await self.store.attributes.mirror_block(inode)
+            failpoints.hit("fsck.resealed")
+        self._found("seal-record", path, tier, "missing or old", repaired=self.repair)
+
+    def _check_allocation(self, tier: Tier, inode: Inode, found: Found) -> None:
+        """What a file takes against what is counted for it; its xattrs may have got a page."""
+        catalog, space = self.store.volume.catalog, self.store.volume.space
+        replicas = catalog.replicas(inode.id)
+        mine = [replica for replica in replicas if replica.tier == tier.number]
+        allocated = found.status.st_blocks * 512
+        if not mine or abs(allocated - mine[0].allocated_bytes) <= PAGE_BYTES:
+            return
+        counted = mine[0].allocated_bytes
+        if self.repair:
+            replicas.remove(mine[0])
+            saved = saved_by(mine[0].codec, inode.size_bytes, allocated)
+            catalog.update_replica(
+                inode.id, tier.number, allocated_bytes=allocated, saved_bytes=saved
+            )
+            space.resize(
+                tier.index, counted, allocated, beside_bytes=largest(replicas),
+                saved_more_bytes=saved - mine[0].saved_bytes,
             )  # fmt: skip
-            await tier.run(tier.write_seal, tier.locate(found.path, found.fanned), seal)
-        self._found("seal-record", found.path, tier, "missing or old", repaired=self.repair)
+        detail = f"{counted} bytes counted, {allocated} allocated"
+        self._found("account", found.path, tier, detail, repaired=self.repair)
 
     async def _check_rows(self, tier: Tier) -> None:
         catalog, after = self.store.volume.catalog, 0
         while rows := catalog.replica_page(tier.number, after):
             expected = []
-            for number, fanned, size, state in rows:
-                path = catalog.path_of(number)
-                if path is not None and number not in self.store.replicas.open_blocks:
-                    sealed = size if state == BlockState.SEALED else -1
-                    expected.append((number, path, bool(fanned), sealed))
-            missing = await trio.to_thread.run_sync(
-                missing_files, tier, expected, limiter=tier.limiter, abandon_on_cancel=tier.remote
-            )
-            paths = {number: path for number, path, _, _ in expected}
-            for number in missing:
-                await self._check_missing(tier, number, paths[number])
+            for placed in rows:
+                path = catalog.path_of(placed.inode)
+                if path is not None and placed.inode not in self.store.replicas.open_blocks:
+                    expected.append((path, placed))
+            paths = {placed.inode: path for path, placed in expected}
+            for placed in await tier.run_in_thread(missing_files, tier, expected):
+                await self._check_missing(tier, placed.inode, paths[placed.inode])
             await self._tick(len(rows))
-            after = rows[-1][0]
+            after = rows[-1].inode
 
     async def _check_missing(self, tier: Tier, number: int, path: bytes) -> None:
         """Confirm under a claim; the repair drops the row, and the block with the last one."""
-        if await self.store.recovery.confirm_missing(tier, number, drop=self.repair):
-            detail = "no file of the sealed length"
-            self._found("missing-file", path, tier, detail, repaired=self.repair)
+        fault = await self.store.recovery.confirm_fault(
+            tier, number, repair=self.repair, settle=self.serving or self.repair
+        )
+        if fault is not None:
+            self._found(fault, path, tier, FAULTS[fault], repaired=self.repair)
 
-    def _check_orphans(self) -> None:
-        """Rows that nothing refers to."""
+    async def _check_private(self, tier: Tier) -> None:
+        """Staging that belongs to no copy, and quarantine that kvfs does not know."""
+        running = self.store.mover.running
+        for name in await tier.run_in_thread(find_litter, tier):
+            number, _, _ = name.partition(b".")
+            if number.isdigit() and int(number) in running:
+                continue
+            if self.repair:
+                await tier.run(remove_litter, tier, name)
+            self._found("staging", name, tier, "unfinished copy", repaired=self.repair)
+        for file in await tier.run_in_thread(look, tier):
+            if not file.reason:
+                if self.repair:
+                    await tier.run(take_charge, tier, file)
+                self._found(
+                    "quarantine", file.name, tier, "not put there by kvfs", repaired=self.repair
+                )
+        if self.repair:
+            await self.store.quarantine.tidy(tier)
+
+    def _check_unfinished(self) -> None:
+        """What a crash left and the next mount decides."""
         volume = self.store.volume
+        for number in volume.catalog.unsealed(UNFINISHED):
+            row, path = volume.catalog.get(number), volume.catalog.path_of(number)
+            if row is not None and path is not None:
+                detail = f"{BlockState(row.state).name.lower()}: the next mount decides"
+                self._found("unfinished", path, None, detail, repaired=False)
+        for tier in volume.tiers:
+            promised = len(volume.catalog.intents(tier.number))
+            if promised:
+                detail = f"{promised} removals and renames: the next mount carries them out"
+                self._found("unfinished", b"", tier, detail, repaired=False)
+
+    def _check_orphans(self) -> int:
+        """Rows that nothing refers to."""
+        volume, count = self.store.volume, len(self.report.findings)
         for number in volume.catalog.orphans():
             if number in self.store.replicas.open_blocks:
                 continue
             if self.repair:
-                with volume.catalog.transaction():
+                with volume.catalog.transaction("fsck_orphan"):
                     volume.catalog.delete(number)
             self._found("orphan-row", b"", None, f"inode {number}", repaired=self.repair)
+        return len(self.report.findings) - count
 
     def _check_accounts(self) -> None:
         """Counters against a sum over the catalog."""
         volume = self.store.volume
-        usage = volume.catalog.usage()
+        usage = scans.usage(volume.catalog.connection)
+        saved = scans.saved_bytes(volume.catalog.connection)
         for tier in volume.tiers:
-            count, size = usage.get(tier.number, (0, 0))
+            summed = (*usage.get(tier.number, (0, 0)), saved.get(tier.number, 0))
             account = volume.space[tier.index]
-            if (account.blocks, account.used_bytes) == (count, size):
+            counted = (account.blocks, account.used_bytes, account.saved_bytes)
+            if counted == summed:
                 continue
-            detail = f"{account.used_bytes} bytes counted, {size} in the catalog"
+            detail = f"(blocks, bytes, saved bytes): {counted} counted, {summed} in the catalog"
             if self.repair:
-                account.blocks, account.used_bytes = count, size
+                account.blocks, account.used_bytes, account.saved_bytes = summed
             self._found("account", b"", tier, detail, repaired=self.repair)
 
+    def _check_totals(self) -> None:
+        volume = self.store.volume
+        counted = (volume.space.duplicate_bytes, volume.blocks, volume.directories)
+        connection = volume.catalog.connection
+        summed = (scans.duplicate_bytes(connection), *scans.totals(connection))
+        if counted != summed:
+            if self.repair:
+                volume.space.duplicate_bytes, volume.blocks, volume.directories = summed
+            detail = f"(duplicate bytes, blocks, directories): {counted} counted, {summed} there"
+            self._found("account", b"", None, detail, repaired=self.repair)
 
-def _differs(seal: Seal, inode: int, generation: int, checksum: bytes | None) -> bool:
-    return (seal.inode, seal.generation, seal.checksum) != (inode, generation, checksum)
+
+def find_litter(tier: Tier) -> list[bytes]:
+    """Names in staging that no call of a moment can have there. Blocking."""
+    directory = tier.root + b"/" + layout.STAGING_DIR
+    found = []
+    for name in tier.files.names(directory):
+        try:
+            status = tier.files.status(directory + b"/" + name)
+        except FileNotFoundError:
+            continue
+        of_copy = name.replace(b".", b"").isdigit()
+        if of_copy or time.time() - status.st_ctime > MOMENT_S:
+            found.append(name)
+    return found
+
+
+def remove_litter(tier: Tier, name: bytes) -> None:
+    """A copy that became a replica meanwhile has left. Blocking."""
+    with contextlib.suppress(FileNotFoundError):
+        tier.files.unlink(tier.root + b"/" + layout.STAGING_DIR + b"/" + name)
 
 
 async def check_online(store: Store, *, repair: bool, progress: AsyncProgress) -> FsckReport:
@@ -213,21 +325,26 @@ async def _check_offline(
     async def report(done: int, total: int) -> None:
         progress(done, total)
 
-    volume = open_volume(config)
+    volume = open_volume(config, only_look=not repair)
+    # A missing catalog is made anew by looking for it.
+    mend = repair or volume.rebuild
     try:
-        store = Store(volume)
-        litter = _staging_litter(store)
-        await store.recovery.before_serving()
-        await store.sealer.seal_pending()
-        result = await check_online(store, repair=repair, progress=report)
-        result.findings[:0] = litter
-        for tier in volume.tiers:
-            if tier.online:
-                await store.replicas.settle(tier)
+        with volume.damage_told():
+            store = Store(volume)
+            litter = _staging_litter(store) if mend else []
+            if mend:
+                await store.recovery.before_serving()
+                await store.sealer.seal_pending()
+            check = Fsck(store, repair=repair, progress=report, serving=mend)
+            result = await check.run()
+            result.findings[:0] = litter
+            for tier in volume.tiers if mend else ():
+                if tier.online:
+                    await store.replicas.settle(tier)
     except BaseException:
         volume.close(clean=False)
         raise
-    volume.close(clean=True)
+    volume.close(clean=mend)
     return result
 
 
@@ -236,7 +353,7 @@ def _staging_litter(store: Store) -> list[Finding]:
     findings = []
     for tier in store.volume.tiers:
         if tier.online:
-            for entry in os.scandir(tier.root + b"/" + layout.STAGING_DIR):
+            for name in tier.files.names(tier.root + b"/" + layout.STAGING_DIR):
                 detail = "unfinished copy"
-                findings.append(Finding("staging", entry.name, tier.name, detail, repaired=True))
+                findings.append(Finding("staging", name, tier.name, detail, repaired=True))
     return findings

@@ -9,7 +9,7 @@ A block's bytes lie at the same relative path as in the mount. Everything of kvf
     TIER/.kvfs/lock                 held with flock by the daemon that uses the tier
     TIER/.kvfs/catalog.sqlite       on the fastest tier only
     TIER/.kvfs/staging/             copies that are not complete yet, named by block id
-    TIER/.kvfs/quarantine/          files that are never served again
+    TIER/.kvfs/quarantine/          files that are never served again, TIME.REASON.NAME
     TIER/.kvfs/meta/HH/INO.seal     seal records where the filesystem has no xattrs
 
 Pure functions on `bytes`; paths are relative to the mount, without a leading slash, root is `b""`.
@@ -22,7 +22,7 @@ import posixpath
 
 import xxhash
 
-from kvfs.errors import FilesystemError, NotPermitted
+from kvfs.errors import FilesystemError, InvalidOperation, NotPermitted
 
 PRIVATE_DIR = b".kvfs"
 FAN_OUT_DIR = b".kvfs.d"
@@ -42,7 +42,11 @@ FAN_OUT_NAMES = 1 << 20
 
 
 def check_name(name: bytes) -> None:
-    """Raise for a name that no file of the mount may have."""
+    """Raise for a name that no file of the mount may have. The kernel asks for none without
+    characters, or with those that mean something in a path; clients of the control socket might.
+    """
+    if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+        raise InvalidOperation(f"{name!r} is no name of a file")
     if len(name) > NAME_MAX_BYTES:
         raise FilesystemError(errno.ENAMETOOLONG)
     if name in RESERVED_NAMES:
@@ -97,6 +101,20 @@ def is_temporary(name: bytes) -> bool:
 def staging_path(inode: int, generation: int) -> bytes:
     """Where the copy of a block is put together on the target tier."""
     return STAGING_DIR + b"/%d.%d" % (inode, generation)
+
+
+def quarantine_name(time_ns: int, reason: str, path: bytes) -> bytes:
+    """What a file is called in quarantine: in the order of time, readable, short enough."""
+    return b"%d.%s.%s" % (time_ns, reason.encode(), split(path)[1][-180:])
+
+
+def parse_quarantine_name(name: bytes) -> tuple[int, str, bytes] | None:
+    """(time, reason, end of the former name); None for what kvfs did not put there."""
+    moment, _, rest = name.partition(b".")
+    reason, dot, last = rest.partition(b".")
+    if not dot or not (moment.isdigit() and moment.isascii()) or not reason.isalpha():
+        return None
+    return int(moment), reason.decode(), last
 
 
 def sidecar_path(file_number: int) -> bytes:

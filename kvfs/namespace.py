@@ -6,19 +6,29 @@ another tier is committed with an intent first, and claims its paths while it wa
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
 from collections.abc import Container
 from itertools import islice
 
-from kvfs import layout
+from kvfs import failpoints, layout
+from kvfs.backing import sync_block
 from kvfs.blocks import Blocks
-from kvfs.errors import BlockExists, BlockNotFound, FilesystemError, NotPermitted, TierOffline
-from kvfs.replicas import Replicas
+from kvfs.errors import (
+    BlockExists,
+    BlockNotFound,
+    FilesystemError,
+    NotPermitted,
+    RecordBehind,
+    TierOffline,
+    is_shortage,
+    reason_of,
+)
+from kvfs.health import is_full, is_of_medium
+from kvfs.replicas import Replicas, meets
 from kvfs.rows import ROOT_INODE, BlockState, Inode, Intent, Kind, Replica
-from kvfs.tier import TIER_ERRNOS, Tier
+from kvfs.tier import Tier, give_owner
 from kvfs.volume import Volume
 
 
@@ -93,7 +103,7 @@ class Namespace:
         self.blocks.paths.check_length(path)
         if catalog.lookup(parent, name) is not None:
             raise BlockExists(os.fsdecode(path))
-        with catalog.transaction():
+        with catalog.transaction("mkdir"):
             number = catalog.insert_inode(
                 Kind.DIRECTORY, stat.S_IMODE(mode), uid, gid, int(self.volume.clock.now_s() * 1e9)
             )
@@ -102,15 +112,24 @@ class Namespace:
         self.directory_changed(parent)
         first = self.volume.tiers[0]
         try:
-            with contextlib.suppress(TierOffline):
-                await first.run(_make_directory, first, path, mode, uid, gid)
-        except OSError:
-            with catalog.transaction():
+            await first.run(_make_directory, first, path, mode, uid, gid)
+            failpoints.hit("mkdir.made")
+        except (OSError, TierOffline) as error:
+            if is_of_medium(error) or is_full(error) or isinstance(error, TierOffline):
+                # A walk does not find it while it is empty: nothing else.
+                self.volume.counters.count(
+                    "mirrors_failed", reason=reason_of(error), tier=first.name
+                )
+                return self._directory(number)
+            with catalog.transaction("undo_mkdir"):
                 catalog.delete(number)
             self.volume.directories -= 1
             raise
-        inode = catalog.get(number)
-        assert inode is not None
+        return self._directory(number)
+
+    def _directory(self, number: int) -> Inode:
+        inode = self.volume.catalog.get(number)
+        assert inode is not None, "a directory that was just made"
         return inode
 
     async def rmdir(self, parent: int, name: bytes) -> Inode:
@@ -123,15 +142,16 @@ class Namespace:
             raise FilesystemError(errno.ENOTDIR)
         if catalog.has_children(inode.id):
             raise FilesystemError(errno.ENOTEMPTY)
-        with catalog.transaction():
+        with catalog.transaction("rmdir"):
             catalog.delete(inode.id)
         self.volume.directories -= 1
         self._changed_ns.pop(inode.id, None)
         self.directory_changed(parent)
         first = self.volume.tiers[0]
         # A left-over there is fsck's matter; the name is gone either way.
-        with contextlib.suppress(TierOffline, OSError):
+        with self.volume.overlook("mirrors_failed", first):
             await first.run(first.remove_directory, path)
+        failpoints.hit("rmdir.removed")
         return inode
 
     # --- blocks
@@ -199,24 +219,25 @@ class Namespace:
         new_parent, new_name, new_path = new
         replicas = catalog.replicas(inode.id)
         replaced = catalog.replicas(target.id) if target else []
-        fanned = catalog.is_crowded(new_parent)
+        crowded, entry = catalog.is_crowded(new_parent), catalog.entry(inode.id)
+        # What a tier refused in this directory it would refuse again.
+        stays = entry is not None and entry[0] == new_parent
+        fanned = {r.tier: crowded or (stays and bool(r.fanned)) for r in replicas}
         intents: list[tuple[Tier, Intent]] = []
-        with catalog.transaction():
+        with catalog.transaction("rename"):
             promised: dict[int, int] = {}
             if target is not None:
-                here = {replica.tier for replica in replicas}
-                leftover = [r for r in replaced if r.tier not in here or bool(r.fanned) != fanned]
-                promised = self.replicas.promise_removal(
-                    target.id, new_path, leftover, inline_too=True
-                )
+                leftover = [r for r in replaced if fanned.get(r.tier) != bool(r.fanned)]
+                promised = self.replicas.promise_removal(target.id, new_path, leftover)
                 catalog.delete(target.id)
             catalog.relink(inode.id, new_parent, new_name)
             self._publish(inode)
             for replica in replicas:
                 tier = self.volume.by_number[replica.tier]
                 stored = layout.stored_path(old, bool(replica.fanned))
-                goal = layout.stored_path(new_path, fanned)
-                catalog.set_fanned(inode.id, replica.tier, fanned)
+                goal = layout.stored_path(new_path, fanned[replica.tier])
+                if bool(replica.fanned) != fanned[replica.tier]:
+                    catalog.set_fanned(inode.id, replica.tier, fanned[replica.tier])
                 intent = catalog.add_intent(tier.number, "rename", inode.id, stored, goal)
                 intents.append((tier, intent))
         if target is not None:
@@ -228,8 +249,28 @@ class Namespace:
             raise
         if inode.state in (BlockState.WRITING, BlockState.PUBLISHED):
             self.volume.request_seal(inode.id)
+        if inode.state == BlockState.SEALED:
+            await self._sync_renamed(intents)
         if promised:
             await self._settle_inline(promised)
+
+    async def _sync_renamed(self, intents: list[tuple[Tier, Intent]]) -> None:
+        """What outlived a power loss under its old name does so under the new one."""
+        for tier, intent in intents:
+            if tier.durable and tier.online:
+                names = [tier.root + b"/" + name for name in (self._goal(intent), intent.path)]
+                with self.volume.overlook("syncs_failed", tier):
+                    await tier.run_in_thread(sync_block, tier, names)
+                    failpoints.hit("rename.synced")
+
+    def _goal(self, intent: Intent) -> bytes:
+        """Where a rename has put a file: a tier that refused the name has it fanned out."""
+        assert intent.target is not None, "a rename has a target"
+        for replica in self.volume.catalog.replicas(intent.inode):
+            if replica.tier == intent.tier:
+                path, _ = layout.logical_path(intent.target)
+                return layout.stored_path(path, bool(replica.fanned))
+        return intent.target
 
     def _publish(self, inode: Inode) -> None:
         """The rename of a file being written publishes it, with the size it has now."""
@@ -266,16 +307,23 @@ class Namespace:
         """
         if not tier.online:
             return  # done when it comes back
-        for due in self.volume.catalog.intents(tier.number, upto=intent.id):
-            if due.id != intent.id and not _concerns(due, old, new):
+        promised = self.volume.catalog.intents(tier.number, upto=intent.id)
+        for due in promised:
+            if due.id != intent.id and not meets(due, old, new):
                 continue
             try:
-                await self.replicas.apply(tier, due)
+                if tier.inline and len(promised) == 1:
+                    # Committed just now, without a checkpoint since: nothing has made it void.
+                    await self.replicas.carry_out_rename(tier, due)
+                else:
+                    await self.replicas.apply(tier, due)
             except (OSError, TierOffline) as error:
-                refused = isinstance(error, OSError) and error.errno not in TIER_ERRNOS
-                if due.id == intent.id and refused:
+                if due.id == intent.id and _is_refusal(error):
                     raise
-                tier.behind = True
+                self.volume.counters.count(
+                    "promises_delayed", reason=reason_of(error), tier=tier.name
+                )
+                tier.health.behind = True
                 return
             self.replicas.finish(tier, due.id)
 
@@ -295,19 +343,28 @@ class Namespace:
                 undo.append((tier, intent))
                 if not done:
                     self.replicas.finish(tier, intent.id)
+        goals = {intent.id: self._goal(intent) for _, intent in undo}
         directory, name = layout.split(old)
         parent = catalog.resolve(directory)
         if parent is None or catalog.lookup(parent.id, name) is not None:
             return
-        with catalog.transaction():
+        with catalog.transaction("undo_rename"):
             catalog.relink(inode.id, parent.id, name)
+            if inode.kind == Kind.BLOCK and not undo:
+                # No tier has the new name, so the records are right as they are.
+                catalog.update(inode.id, generation=inode.generation)
             for replica in replicas:
                 catalog.set_fanned(inode.id, replica.tier, bool(replica.fanned))
             for tier, intent in undo:
-                assert intent.target is not None, "a rename has a target"
-                catalog.add_intent(tier.number, "rename", inode.id, intent.target, intent.path)
+                catalog.add_intent(tier.number, "rename", inode.id, goals[intent.id], intent.path)
         if inode.kind == Kind.DIRECTORY:
             catalog.forget_paths()
+        for tier, intent in intents:
+            if (tier, intent) not in undo:
+                # It keeps its name, and gets a record of the generation that the block has now.
+                with self.volume.overlook("mirrors_failed", tier):
+                    kept = intent._replace(target=intent.path)
+                    await self.replicas.carry_out_rename(tier, kept)
         await self._settle_inline({tier.number for tier, _ in undo})
 
     async def _settle_inline(self, promised: Container[int]) -> None:
@@ -322,7 +379,7 @@ class Namespace:
         catalog = self.volume.catalog
         new_parent, new_name, new_path = new
         intents: list[tuple[Tier, Intent]] = []
-        with catalog.transaction():
+        with catalog.transaction("rename_directory"):
             if target is not None:
                 catalog.delete(target.id)
             catalog.relink(inode.id, new_parent, new_name)
@@ -352,24 +409,24 @@ class Namespace:
         return inode
 
 
-def _concerns(intent: Intent, *paths: bytes) -> bool:
-    """Whether an intent speaks of one of these paths, or of what is above or below them."""
-    stored = (intent.path, intent.target or intent.path)
-    named = [layout.logical_path(path)[0] for path in stored]
-    return any(
-        layout.is_within(path, name) or layout.is_within(name, path)
-        for path in paths for name in named
-    )  # fmt: skip
+def _is_refusal(error: OSError | TierOffline) -> bool:
+    """Whether a tier will not have a name, rather than cannot take it now or has it already."""
+    delayed = isinstance(error, TierOffline | RecordBehind)
+    return not (delayed or is_of_medium(error) or is_shortage(error))
 
 
 def _make_directory(tier: Tier, path: bytes, mode: int, uid: int, gid: int) -> None:
     absolute = tier.locate(path)
-    os.makedirs(absolute, exist_ok=True)
-    set_owner(absolute, mode, uid, gid)
+    failpoints.hit("mkdir.making")
+    tier.files.make_directories(absolute)
+    set_owner(tier, absolute, mode, uid, gid)
 
 
-def set_owner(absolute: bytes, mode: int, uid: int, gid: int) -> None:
+def set_owner(tier: Tier, absolute: bytes, mode: int, uid: int, gid: int) -> None:
     """A tier's directory shows what the mount shows; kvfs itself always gets in. Blocking."""
-    os.chmod(absolute, stat.S_IMODE(mode) | 0o700)
-    if os.geteuid() == 0:
-        os.chown(absolute, uid, gid)
+    descriptor = tier.files.open(absolute, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fchmod(descriptor, stat.S_IMODE(mode) | 0o700)
+        give_owner(descriptor, uid, gid)
+    finally:
+        os.close(descriptor)

@@ -38,6 +38,9 @@ class TierView:
     low_watermark: float
     promote_budget_bytes: int
     online: bool
+    # Whether it takes new bytes now (a disk that somebody else filled does not), and gives any up.
+    accepts: bool = True
+    read_only: bool = False
 
     @property
     def high_bytes(self) -> int:
@@ -111,7 +114,9 @@ def plan(snapshot: Snapshot, settings: PolicySettings) -> Plan:
     """The moves that bring every tier below its watermark and the hottest blocks up."""
     planner = _Planner(snapshot, settings)
     for tier in snapshot.tiers:
-        if tier.online:
+        if tier.online and tier.read_only:
+            planner.notes[f"{tier.name} is read-only: nothing moves off it"] = None
+        elif tier.online:
             planner.relieve(tier.index)
         else:
             planner.notes[f"{tier.name} is offline: nothing moves to or from it"] = None
@@ -363,6 +368,9 @@ class _Planner:
         name = self.tiers[tier].name
         for level in cause.levels:
             for target in self._below(tier):
+                if not self.tiers[target].accepts:
+                    self.notes[f"{self.tiers[target].name} takes nothing new now"] = None
+                    continue
                 why = f"{self.tiers[target].name} makes room for what leaves {name}"
                 room = self._make_room(target, block, _Cause(why, (level,), cause.hotter_tau))
                 if self.is_full:
@@ -418,6 +426,9 @@ class _Planner:
         self.taken.add(block.inode)  # so that what makes room for it leaves its own replicas alone
         for target in self._above(source):
             view = self.tiers[target]
+            if not view.accepts:
+                self.notes[f"{view.name} takes nothing new now"] = None
+                continue
             if block.size_bytes > self.budget_bytes[target]:
                 self.notes[f"the promotion budget of {view.name} is used up"] = None
                 continue

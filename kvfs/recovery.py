@@ -17,15 +17,21 @@ from enum import Enum
 import msgspec
 import trio
 
-from kvfs import heat, layout
-from kvfs.attributes import PIN, TTL, parse_ttl, seal_from
-from kvfs.errors import KvfsError, TierOffline
+from kvfs import failpoints, heat, layout
+from kvfs.attributes import PIN, TTL, differs, parse_ttl, stored_pin, takeable
+from kvfs.backing import sync_block
+from kvfs.errors import KvfsError
+from kvfs.hindsight import holds, is_another
+from kvfs.identity import write_identity
 from kvfs.replicas import Replicas, largest
-from kvfs.rows import GOOD, ROOT_INODE, BlockState, Inode, Kind, Replica
-from kvfs.seal import Content, Seal, content_of
-from kvfs.tier import Tier, write_identity
+from kvfs.rows import ROOT_INODE, BlockState, Inode, Kind, Placed, Replica
+from kvfs.seal import Seal, seal_from
+from kvfs.space import saved_by
+from kvfs.tier import Tier
+from kvfs.unfinished import Unfinished
+from kvfs.verify import Verifier
 from kvfs.volume import Volume
-from kvfs.walk import Found, in_batches, is_there, missing_files, walk_tier
+from kvfs.walk import Fault, Found, fault_of, in_batches, is_there, missing_files, walk_tier
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +49,21 @@ class Verdict(Enum):
     STALE = "an older generation of a block"
     NEWER = "a newer generation of a block"
     TORN = "not sealed and not known"
+    DUPLICATE = "a block that the catalog knows elsewhere on the tier"
     ADOPT = "not sealed, to be adopted"
 
 
 class Recovery:
     """Owned by the trio loop."""
 
-    def __init__(self, volume: Volume, replicas: Replicas) -> None:
+    def __init__(self, volume: Volume, replicas: Replicas, verifier: Verifier) -> None:
         self.volume = volume
         self.replicas = replicas
+        self.verifier = verifier
+        self.quarantine = verifier.quarantine
+        self.unfinished = Unfinished(volume, replicas, verifier.quarantine)
+        # Tiers to compare with the catalog yet: those that were away are when they come back.
+        self.unwalked: set[Tier] = set()
 
     async def before_serving(self) -> None:
         """Everything that must hold before the first request."""
@@ -62,160 +74,36 @@ class Recovery:
         volume.catalog.clamp_heat(
             volume.clock.now_s() + heat.MAX_HALF_LIVES_AHEAD * volume.config.tiering.half_life_s
         )
+        failpoints.hit("recovery.begun")
+        await self.quarantine.run_once()
         for tier in volume.tiers:
             if not tier.online:
                 continue
-            try:
-                swept = await tier.run(tier.sweep_staging)
+            with volume.tolerate("recovery", tier.name):
+                swept = await tier.run_in_thread(tier.sweep_staging)
                 if swept:
                     log.info("tier %s: %d unfinished copies removed", tier.name, swept)
                 await self.replicas.settle(tier)
-            except (OSError, TierOffline) as error:
-                log.error("tier %s: recovery: %s", tier.name, error)
-        await self._decide_unsealed()
+                failpoints.hit("recovery.settled")
+        await self.unfinished.decide()
+        failpoints.hit("recovery.decided")
         if volume.rebuild:
             log.info("the catalog is missing: it is rebuilt from the tiers")
         for tier in volume.tiers:
             adopting = tier.online and tier.identity.adopt
             if tier.online and (volume.rebuild or adopting):
-                await self.absorb_tier(tier)
-            if adopting:
+                self.unwalked.add(tier)
+                tolerated = volume.tolerate("walk stopped", tier.name)
+                with tolerated if tier.remote else contextlib.nullcontext():
+                    await self.absorb_tier(tier)
+                    self.unwalked.discard(tier)
+            if adopting and tier not in self.unwalked:
+                failpoints.hit("recovery.adopted")
                 tier.identity = msgspec.structs.replace(tier.identity, adopt=False)
                 write_identity(tier.config.path, tier.identity)
-
-    # --- blocks that were not sealed
-
-    async def _decide_unsealed(self) -> None:
-        catalog = self.volume.catalog
-        decide = {
-            BlockState.WRITING: self._decide_writing,
-            BlockState.PUBLISHED: self._decide_published,
-            BlockState.REOPENED: self._decide_reopened,
-        }
-        for number in catalog.unsealed(decide):
-            inode = catalog.get(number)
-            path = catalog.path_of(number)
-            replicas = self.replicas.readable(number)
-            if inode is None or path is None:
-                continue
-            if not replicas:
-                if not catalog.replicas(number):
-                    self._forget(inode)
-                continue
-            with contextlib.suppress(TierOffline):
-                await decide[BlockState(inode.state)](inode, path, *replicas[0])
-
-    async def _decide_writing(
-        self, inode: Inode, path: bytes, tier: Tier, replica: Replica
-    ) -> None:
-        """Nobody was told that it is complete: only a seal proves that it was."""
-        if not await self._accept_seal(inode, path, tier, replica):
-            log.info("%r was being written when kvfs stopped: removed", os.fsdecode(path))
-            self._discard(inode, path, "discarded_writing")
-
-    async def _decide_published(
-        self, inode: Inode, path: bytes, tier: Tier, replica: Replica
-    ) -> None:
-        """Complete if the machine did not stop: the page cache outlived the daemon."""
-        if await self._accept_seal(inode, path, tier, replica):
-            return
-        try:
-            status = await tier.run(os.stat, tier.locate(path, bool(replica.fanned)))
-        except FileNotFoundError:
-            self._discard(inode, path, "discarded_published")
-            return
-        if not self.volume.same_boot:
-            shown = os.fsdecode(path)
-            log.warning("%r was not sealed before the machine stopped: quarantined", shown)
-            await tier.run(tier.quarantine, path, bool(replica.fanned))
-            self._discard(inode, path, "discarded_published")
-            return
-        self.volume.catalog.update(inode.id, size_bytes=status.st_size)
-        self.volume.request_seal(inode.id)
-
-    async def _accept_seal(self, inode: Inode, path: bytes, tier: Tier, replica: Replica) -> bool:
-        """The record was written but not committed: it says what a commit would have."""
-        absolute = tier.locate(path, bool(replica.fanned))
-        try:
-            seal = await tier.run(tier.read_seal, absolute)
-            if seal is None or (seal.inode, seal.generation) != (inode.id, inode.generation):
-                return False
-            # A writer that came while it was sealed leaves a record that is not of its bytes.
-            content = await tier.run(content_of, absolute)
-            status = await tier.run(os.stat, absolute)
-        except FileNotFoundError:
-            return False
-        if content != Content(seal.length_bytes, seal.checksum):
-            return False
-        self._record_sealed(inode, seal, tier, status)
-        return True
-
-    def _record_sealed(self, inode: Inode, seal: Seal, tier: Tier, status: os.stat_result) -> None:
-        catalog, allocated = self.volume.catalog, status.st_blocks * 512
-        replicas = catalog.replicas(inode.id)
-        before = next(r for r in replicas if r.tier == tier.number)
-        with catalog.transaction():
-            catalog.update(
-                inode.id, state=int(BlockState.SEALED), checksum=seal.checksum,
-                size_bytes=seal.length_bytes, mtime_ns=seal.mtime_ns,
-            )  # fmt: skip
-            catalog.set_allocated(inode.id, tier.number, allocated)
-        replicas.remove(before)
-        self.volume.space.resize(
-            tier.index, before.allocated_bytes, allocated, beside_bytes=largest(replicas)
-        )
-
-    async def _decide_reopened(
-        self, inode: Inode, path: bytes, tier: Tier, replica: Replica
-    ) -> None:
-        """The content that was sealed wins, wherever it still is; else the block is torn."""
-        catalog = self.volume.catalog
-        for other in sorted(catalog.replicas(inode.id), key=lambda r: r.state):
-            place = self.volume.by_number[other.tier]
-            if not place.online:
-                continue
-            sealed = await self._seal_again(inode, path, place, other)
-            if sealed is None:
-                continue
-            rest = [r for r in catalog.replicas(inode.id) if r.tier != other.tier]
-            rewritten = [r for r in rest if r.state == GOOD] if other.state != GOOD else []
-            self._revive(sealed, path, rewritten)
-            return
-        log.warning("%r was being rewritten when kvfs stopped: removed", os.fsdecode(path))
-        self._discard(inode, path, "discarded_reopened")
-
-    async def _seal_again(
-        self, inode: Inode, path: bytes, tier: Tier, replica: Replica
-    ) -> Inode | None:
-        """The row with the length of the last seal, if a replica has that content.
-
-        The replica gets the record again, which it lost when it was opened for writing.
-        """
-        absolute = tier.locate(path, bool(replica.fanned))
-
-        def check() -> Inode | None:
-            content = content_of(absolute)
-            if content is None or content.checksum != inode.checksum:
-                return None
-            sealed = inode._replace(size_bytes=content.length_bytes)
-            tier.write_seal(absolute, seal_from(sealed))
-            return sealed
-
-        return await tier.run(check)
-
-    def _revive(self, inode: Inode, path: bytes, rewritten: list[Replica]) -> None:
-        self.replicas.forget_replicas(
-            inode.id, path, rewritten, state=int(BlockState.SEALED), size_bytes=inode.size_bytes
-        )
-
-    def _discard(self, inode: Inode, path: bytes, event: str) -> None:
-        self.replicas.remove_block(inode, path)
-        self.volume.counters.count(event)
-        self.volume.settling_due.set()
-
-    def _forget(self, inode: Inode) -> None:
-        with self.volume.catalog.transaction():
-            self.volume.catalog.delete(inode.id)
+        volume.recovered()
+        if volume.rebuild and not self.unwalked:
+            volume.caught_up()
 
     # --- files that the catalog does not know
 
@@ -234,24 +122,70 @@ class Recovery:
     async def absorb(self, tier: Tier, found: Found) -> None:
         """One file or directory of a tier."""
         if found.is_directory:
-            if tier.index == 0 and not self._is_promised(tier, found):
+            if tier.index > 0:
+                # Made for a file that never came, or left by one that went.
+                await tier.run(tier.remove_empty_parents, tier.locate(found.path))
+            elif not self.is_promised(tier, found):
                 self._take_xattrs(self._ensure_directory(found.path, found.status), found)
             return
-        async with self.volume.claims.hold(found.path):
-            if self.judge(tier, found) is Verdict.KNOWN or self._is_promised(tier, found):
+        if self.judge(tier, found) is Verdict.KNOWN:
+            await self._mend_record(tier, found)
+            return
+        async with self.volume.claims.hold(found.path, *self._expected_at(found)):
+            if self.judge(tier, found) is Verdict.KNOWN or self.is_promised(tier, found):
                 return
             # The walk saw it a while ago: it may have been moved or removed meanwhile.
             if not await tier.run(is_there, tier, found):
                 return
             verdict = self.judge(tier, found)
+            if self.volume.catalog_behind:
+                verdict = await self._with_hindsight(tier, found, verdict)
+            if verdict is Verdict.NEWER:
+                await self._supersede(tier, found)
             if verdict in (Verdict.NEW, Verdict.NEWER, Verdict.ADOPT):
-                self._adopt(tier, found, verdict)
+                await self._adopt(tier, found, verdict)
             elif verdict is Verdict.REPLICA:
                 self._add_replica(tier, found)
-            elif verdict is Verdict.STALE or verdict is Verdict.TORN:
+            elif verdict in (Verdict.STALE, Verdict.TORN, Verdict.DUPLICATE):
                 await self._set_aside(tier, found, verdict)
 
-    def _is_promised(self, tier: Tier, found: Found) -> bool:
+    async def _mend_record(self, tier: Tier, found: Found) -> None:
+        """A sealed block's file whose record went, or is not of this seal: a crash came between.
+
+        What it holds is read first, and the record is written again if it is what was sealed.
+        """
+        inode = self.volume.catalog.resolve(found.path)
+        if inode is None or self._lacks_record(tier, found, inode) is None:
+            return
+        if self.is_promised(tier, found):
+            return
+        if await self.verifier.condemn(inode.id, tier):
+            return
+        async with self.volume.claims.hold(found.path):
+            row = self.volume.catalog.resolve(found.path)
+            replica = self._lacks_record(tier, found, row) if row is not None else None
+            if row is not None and replica is not None and row.id == inode.id:
+                absolute = tier.locate(found.path, found.fanned)
+                await tier.run(tier.write_seal, absolute, seal_from(row, replica.codec))
+                failpoints.hit("recovery.record_mended")
+                status = await tier.run(tier.files.status, absolute)
+                self.replicas.measured(row.id, tier, status.st_blocks * 512)
+                if tier.durable:
+                    await tier.run_in_thread(sync_block, tier, [absolute])
+
+    def _lacks_record(self, tier: Tier, found: Found, inode: Inode) -> Replica | None:
+        """The replica, if its file lacks a record. One that looks like another block's is found by
+        its row."""
+        if inode.state != BlockState.SEALED or inode.id in self.replicas.open_blocks:
+            return None
+        if found.seal is not None and not differs(found.seal, inode):
+            return None
+        for replica in self.volume.catalog.replicas(inode.id):
+            if replica.tier == tier.number and found.may_hold(inode, replica.codec):
+                return replica
+        return None
+
+    def is_promised(self, tier: Tier, found: Found) -> bool:
         """Whether it is yet to be renamed or removed there: its name says nothing."""
         return any(
             layout.is_within(found.path, layout.logical_path(intent.path)[0])
@@ -263,22 +197,29 @@ class Recovery:
         catalog = self.volume.catalog
         there = catalog.resolve(found.path)
         seal = self._trusted_seal(tier, found, there)
-        if there is not None and any(r.tier == tier.number for r in catalog.replicas(there.id)):
-            return Verdict.KNOWN
+        behind = self.volume.catalog_behind
+        for replica in catalog.replicas(there.id) if there is not None else ():
+            if replica.tier == tier.number:
+                if behind and there and seal and is_another(seal, there):
+                    gone = seal.inode < there.id and catalog.get(seal.inode) is None
+                    return Verdict.STALE if gone else Verdict.NEWER
+                at_its_place = bool(replica.fanned) == found.fanned
+                return Verdict.KNOWN if at_its_place else Verdict.DUPLICATE
         if seal is None:
             adopt = tier.identity.adopt and there is None
             return Verdict.ADOPT if adopt else Verdict.TORN
         if there is not None and there.id != seal.inode:
             # Numbers only grow: of two blocks at one name the higher one replaced the other.
-            newer = self.volume.rebuild and seal.inode > there.id
+            newer = behind and seal.inode > there.id
             return Verdict.NEWER if newer else Verdict.STALE
         row = there or catalog.get(seal.inode)
         if row is None:
             return Verdict.NEW
         if seal.generation > row.generation and (row.state == BlockState.SEALED):
             return Verdict.NEWER
-        same = seal.generation == row.generation and seal.checksum == row.checksum
-        return Verdict.REPLICA if same and there is not None else Verdict.STALE
+        if (seal.generation, seal.checksum) != (row.generation, row.checksum):
+            return Verdict.STALE
+        return Verdict.DUPLICATE if there is None else Verdict.REPLICA
 
     def _trusted_seal(self, tier: Tier, found: Found, there: Inode | None) -> Seal | None:
         """The seal record, unless it comes from another kvfs: its numbers mean nothing here."""
@@ -290,40 +231,105 @@ class Recovery:
             return seal
         return None
 
-    def _adopt(self, tier: Tier, found: Found, verdict: Verdict) -> None:
-        """A block appears. A newer generation replaces what was known by its number."""
+    def _expected_at(self, found: Found) -> list[bytes]:
+        """Where a catalog that is behind has the block of a file: nobody opens it there meanwhile
+        and finds it gone."""
+        if found.seal is None or not self.volume.catalog_behind:
+            return []
+        path = self.volume.catalog.path_of(found.seal.inode)
+        return [] if path is None else [path]
+
+    async def _with_hindsight(self, tier: Tier, found: Found, verdict: Verdict) -> Verdict:
+        """A file that the catalog expects elsewhere is the block, unless that is there as well."""
+        seal = found.seal
+        row = self.volume.catalog.get(seal.inode) if seal else None
+        if row is None or seal is None or seal.generation > row.generation:
+            return verdict
+        if verdict not in (Verdict.NEWER, Verdict.STALE, Verdict.DUPLICATE):
+            return verdict
+        if not await self._is_elsewhere(row, tier, found):
+            return Verdict.NEWER
+        return Verdict.DUPLICATE if verdict is Verdict.NEWER else verdict
+
+    async def _is_elsewhere(self, row: Inode, tier: Tier, found: Found) -> bool:
+        """Whether a block has, or may have, another file than the one that was found."""
+        path = self.volume.catalog.path_of(row.id)
+        block = self.replicas.open_blocks.get(row.id)
+        is_open = block is not None and block.descriptor >= 0
+        if path is None or is_open or row.state != BlockState.SEALED:
+            return True
+        for replica in self.volume.catalog.replicas(row.id):
+            place, fanned = self.volume.by_number[replica.tier], bool(replica.fanned)
+            if (place, path, fanned) == (tier, found.path, found.fanned):
+                continue
+            absolute = place.locate(path, fanned)
+            if not place.online or await place.run(holds, place, absolute, row.id):
+                return True
+        return False
+
+    async def _supersede(self, tier: Tier, found: Found) -> None:
+        """What was known by the number or the name of a newer file goes, with the files that are
+        still its own."""
+        assert found.seal is not None, "only a sealed file has a generation"
+        catalog = self.volume.catalog
+        for older in (catalog.get(found.seal.inode), catalog.resolve(found.path)):
+            path = catalog.path_of(older.id) if older else None
+            if older is None or path is None:
+                continue
+            for replica in catalog.replicas(older.id):
+                place, fanned = self.volume.by_number[replica.tier], bool(replica.fanned)
+                absolute = place.locate(path, fanned)
+                removable = place.online and (place, path) != (tier, found.path)
+                if removable and await place.run(holds, place, absolute, older.id):
+                    await place.run(place.remove, path, fanned)
+                self.replicas.forget_file(older, place)
+            failpoints.hit("recovery.superseded")
+
+    async def _adopt(self, tier: Tier, found: Found, verdict: Verdict) -> None:
+        """A block appears."""
         if verdict is Verdict.ADOPT:
             found = replace(found, seal=None)
-        catalog, seal = self.volume.catalog, found.seal
-        if verdict is Verdict.NEWER:
-            assert seal is not None, "only a sealed file has a generation"
-            for older in (catalog.get(seal.inode), catalog.resolve(found.path)):
-                path = catalog.path_of(older.id) if older else None
-                if older is not None and path is not None:
-                    self.replicas.remove_block(older, path)
+        row = self._enter(tier, found)
+        if found.seal is None and found.header is not None:
+            # Complete by its header; nobody else would give it a record.
+            absolute = tier.locate(found.path, found.fanned)
+            await tier.run(tier.write_seal, absolute, seal_from(row, found.codec))
+        elif found.seal is None:
+            self.volume.request_seal(row.id)
+
+    def _enter(self, tier: Tier, found: Found) -> Inode:
+        """The row of a block that appears."""
+        catalog = self.volume.catalog
         directory, name = layout.split(found.path)
         parent = self._ensure_directory(directory, None)
         allocated = found.status.st_blocks * 512
-        with catalog.transaction():
+        with catalog.transaction("adopt"):
             number = self._insert_found(found)
             catalog.link(parent, name, number)
             tau = found.status.st_mtime
-            catalog.add_replica(number, tier.number, allocated, tau, fanned=found.fanned)
+            row = catalog.get(number)
+            assert row is not None
+            saved_bytes = saved_by(found.codec, row.size_bytes, allocated)
+            catalog.add_replica(
+                number, tier.number, allocated, tau, fanned=found.fanned,
+                mtime_ns=found.status.st_mtime_ns, codec=found.codec, saved_bytes=saved_bytes,
+            )  # fmt: skip
             self._take_xattrs(number, found)
-        self.volume.space.add(tier.index, allocated)
+        self.volume.space.add(tier.index, allocated, saved_bytes=saved_bytes)
         self.volume.blocks += 1
         self.volume.counters.count("adopted")
         self.volume.name_changed(parent, name)
-        if seal is None:
-            self.volume.request_seal(number)
+        return row
 
     def _insert_found(self, found: Found) -> int:
         catalog, seal, status = self.volume.catalog, found.seal, found.status
         if seal is None:
-            mode = stat.S_IMODE(status.st_mode)
+            mode, header = stat.S_IMODE(status.st_mode), found.header
             return catalog.insert_inode(
                 Kind.BLOCK, mode, status.st_uid, status.st_gid, status.st_mtime_ns,
-                size_bytes=status.st_size, state=BlockState.PUBLISHED,
+                size_bytes=header.size_bytes if header else status.st_size,
+                state=BlockState.SEALED if header else BlockState.PUBLISHED,
+                checksum=header.checksum if header else None,
             )  # fmt: skip
         return catalog.insert_inode(
             Kind.BLOCK, seal.mode, seal.uid, seal.gid, seal.mtime_ns, inode=seal.inode,
@@ -335,35 +341,39 @@ class Recovery:
         catalog = self.volume.catalog
         for name, value in found.xattrs:
             if name == PIN:
-                pin = value.decode("ascii", "replace").strip()
-                catalog.update(number, pin=None if pin in ("", "0") else pin)
+                catalog.update(number, pin=stored_pin(value))
             elif name == TTL:
                 with contextlib.suppress(KvfsError):
                     catalog.update(number, ttl_s=parse_ttl(value))
-            elif not name.startswith(b"user.kvfs."):
-                catalog.set_xattr(number, name, value)
+        for name, value in takeable(found.xattrs):
+            catalog.set_xattr(number, name, value)
 
     def _add_replica(self, tier: Tier, found: Found) -> None:
         assert found.seal is not None
         allocated = found.status.st_blocks * 512
         tau = self.volume.catalog.tau_of(found.seal.inode) or found.status.st_mtime
         beside_bytes = largest(self.volume.catalog.replicas(found.seal.inode))
-        self.volume.catalog.add_replica(
-            found.seal.inode, tier.number, allocated, tau, fanned=found.fanned
+        saved_bytes = saved_by(found.codec, found.seal.length_bytes, allocated)
+        with self.volume.catalog.transaction("adopt_replica"):
+            self.volume.catalog.add_replica(
+                found.seal.inode, tier.number, allocated, tau, fanned=found.fanned,
+                mtime_ns=found.status.st_mtime_ns, codec=found.codec, saved_bytes=saved_bytes,
+            )  # fmt: skip
+        self.volume.space.add(
+            tier.index, allocated, beside_bytes=beside_bytes, saved_bytes=saved_bytes
         )
-        self.volume.space.add(tier.index, allocated, beside_bytes=beside_bytes)
 
     async def _set_aside(self, tier: Tier, found: Found, verdict: Verdict) -> None:
         """Out of the namespace: an empty or older file goes, another one to quarantine."""
         with contextlib.suppress(FileNotFoundError):
             if found.status.st_size == 0 or verdict is Verdict.STALE:
                 await tier.run(tier.remove, found.path, found.fanned)
+                failpoints.hit("recovery.stale_removed")
                 self.volume.counters.count("stale_removed")
             else:
-                aside = await tier.run(tier.quarantine, found.path, found.fanned)
-                self.volume.counters.count("quarantined")
-                shown = os.fsdecode(found.path)
-                log.warning("%r is %s: now %s", shown, verdict.value, os.fsdecode(aside))
+                await self.quarantine.put(
+                    tier, found.path, found.fanned, reason="unknown", message=f"is {verdict.value}"
+                )
 
     def _ensure_directory(self, path: bytes, status: os.stat_result | None) -> int:
         """The inode of a directory, made with all above it when the catalog lacks it."""
@@ -377,7 +387,7 @@ class Recovery:
         parent = self._ensure_directory(head, None)
         if status is None:
             status = self._directory_status(path)
-        with catalog.transaction():
+        with catalog.transaction("adopt_directory"):
             number = catalog.insert_inode(
                 Kind.DIRECTORY, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid,
                 status.st_mtime_ns,
@@ -390,57 +400,84 @@ class Recovery:
     def _directory_status(self, path: bytes) -> os.stat_result:
         first = self.volume.tiers[0]
         absolute = first.locate(path)
-        os.makedirs(absolute, mode=0o755, exist_ok=True)
-        return os.stat(absolute)
+        first.files.make_directories(absolute)
+        return first.files.status(absolute)
 
     # --- while serving
 
     async def reconcile(self, paced: Callable[[], float] = lambda: 0.0) -> None:
         """After an unclean stop: compare each tier with the catalog in both directions."""
         self.volume.walking = True
-        for tier in self.volume.tiers:
-            if not tier.online:
-                continue
-            with self.volume.tolerate(f"tier {tier.name}: walk stopped"):
+        self.unwalked.update(self.volume.tiers)
+        # What left one tier may be on the next: rows go when all files have been seen.
+        absorbed = [tier for tier in self.volume.tiers if await self._absorb_online(tier)]
+        for tier in absorbed:
+            await self._finish_walk(tier)
+            await trio.sleep(paced())
+        if not self.unwalked:
+            self.volume.caught_up()
+        self.volume.walking = False
+        failpoints.hit("recovery.reconciled")
+
+    async def walk(self, tier: Tier) -> None:
+        """Compare one tier with the catalog; one that is away or fails is left for later."""
+        if await self._absorb_online(tier):
+            await self._finish_walk(tier)
+            if self.volume.catalog_behind and not self.unwalked:
+                self.volume.caught_up()
+
+    async def _absorb_online(self, tier: Tier) -> bool:
+        """Whether all files of a tier have been seen."""
+        if tier.online:
+            with self.volume.tolerate("walk stopped", tier.name):
                 await self.replicas.settle(tier)
                 await self.absorb_tier(tier)
-                await self._drop_missing(tier)
-            await trio.sleep(paced())
-        self.volume.walking = False
+                failpoints.hit("recovery.walked")
+                return True
+        return False
+
+    async def _finish_walk(self, tier: Tier) -> None:
+        with self.volume.tolerate("walk stopped", tier.name):
+            await self._drop_missing(tier)
+            self.unwalked.discard(tier)
 
     async def _drop_missing(self, tier: Tier) -> None:
         """Rows whose file is gone."""
         after = 0
         while rows := self.volume.catalog.replica_page(tier.number, after):
             expected = []
-            for inode, fanned, size, state in rows:
-                path = self.volume.catalog.path_of(inode)
-                if path is not None and inode not in self.replicas.open_blocks:
-                    sealed = size if state == BlockState.SEALED else -1
-                    expected.append((inode, path, bool(fanned), sealed))
-            missing = await trio.to_thread.run_sync(
-                missing_files, tier, expected, limiter=tier.limiter, abandon_on_cancel=tier.remote
-            )
-            for number in missing:
-                await self.confirm_missing(tier, number, drop=True)
-            after = rows[-1][0]
+            for placed in rows:
+                path = self.volume.catalog.path_of(placed.inode)
+                if path is not None and placed.inode not in self.replicas.open_blocks:
+                    expected.append((path, placed))
+            for placed in await tier.run_in_thread(missing_files, tier, expected):
+                await self.confirm_fault(tier, placed.inode, repair=True)
+            after = rows[-1].inode
 
-    async def confirm_missing(self, tier: Tier, number: int, *, drop: bool) -> bool:
-        """Whether a replica's file is really not there; with `drop` it is forgotten then."""
+    async def confirm_fault(
+        self, tier: Tier, number: int, *, repair: bool, settle: bool = True
+    ) -> Fault | None:
+        """What is really wrong with a replica's file by its looks. `repair` forgets a replica
+        without one, and quarantines one that is bad; `settle` does what is promised first.
+        """
         catalog = self.volume.catalog
         path, inode = catalog.path_of(number), catalog.get(number)
         if path is None or inode is None or number in self.replicas.open_blocks:
-            return False
+            return None
         # A rename that is only promised has its file under the old name.
-        await self.replicas.settle(tier)
+        if settle:
+            await self.replicas.settle(tier)
         async with self.volume.claims.hold(path):
             inode = catalog.get(number)
             mine = [r for r in catalog.replicas(number) if r.tier == tier.number]
             if inode is None or not mine or catalog.path_of(number) != path:
-                return False
-            size = inode.size_bytes if inode.state == BlockState.SEALED else -1
-            expected = [(number, path, bool(mine[0].fanned), size)]
-            missing = bool(await tier.run(missing_files, tier, expected))
-            if missing and drop:
+                return None
+            placed = Placed(
+                number, mine[0].fanned, mine[0].codec, inode.size_bytes, inode.state, inode.checksum
+            )
+            fault = await tier.run(fault_of, tier, path, placed)
+            if fault == "missing-file" and repair:
                 self.replicas.lose(inode, tier)
-            return missing
+        if fault not in (None, "missing-file") and repair:
+            await self.verifier.condemn(number, tier)
+        return fault

@@ -7,19 +7,21 @@ unlink never waits for a disk, and a tier that is offline learns of it when it r
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from functools import partial
 from typing import Any
 
 import trio
-import xxhash
 
-from kvfs import heat, layout, scans
+from kvfs import failpoints, heat, layout, scans
 from kvfs.backing import rename_into_place
-from kvfs.errors import BlockBusy, BlockNotFound, TierFull
+from kvfs.errors import BlockBusy, BlockNotFound, RecordBehind, TierFull, reason_of
+from kvfs.fan_out import redirect
+from kvfs.health import is_of_medium
+from kvfs.hindsight import holds, is_overtaken
 from kvfs.open_block import OpenBlock
 from kvfs.rows import GOOD, BlockState, Inode, Intent, Kind, Replica
 from kvfs.space import Reservation, sealed
@@ -32,11 +34,8 @@ log = logging.getLogger(__name__)
 EMERGENCY_CANDIDATES = 512
 ROOM_ATTEMPTS = 16
 ROOM_RETRY_S = 0.05
-
-
-def ghost_key(path: bytes) -> bytes:
-    """What the ghost table knows an evicted name by."""
-    return xxhash.xxh3_128_digest(path)
+# So many promises that fail for reasons of their own speak of the tier.
+PROMISES_STUCK = 64
 
 
 def largest(replicas: Iterable[Replica]) -> int:
@@ -90,13 +89,13 @@ class Replicas:
                 reservation = volume.space.reserve(last.index, wanted)
                 if reservation is not None:
                     return last, reservation
-        volume.counters.count("refused_full")
+        volume.counters.count("refused_full", reason="full")
         raise TierFull("every tier is full")
 
     def _watch(self, tier: Tier) -> None:
         account = self.volume.space[tier.index]
         _, mark = self.volume.config.tiering.watermarks(tier.config)
-        if account.taken_bytes > mark * account.capacity_bytes:
+        if account.taken_bytes > mark * account.planned_bytes:
             self.volume.request_tiering()
 
     async def wait_for_room(self, tier: Tier, wanted_bytes: int) -> bool:
@@ -117,7 +116,8 @@ class Replicas:
                 break
             try:
                 self._leave(inode, tier)
-            except (BlockBusy, BlockNotFound):
+            except (BlockBusy, BlockNotFound) as error:
+                volume.counters.count("evictions_skipped", reason=error.reason, tier=tier.name)
                 continue
             volume.counters.count("emergency_evictions")
         await self.settle(tier)
@@ -128,7 +128,7 @@ class Replicas:
         elsewhere = [t for t, _ in self.readable(number) if t is not tier]
         inode = self.volume.catalog.get(number)
         if not elsewhere or inode is None:
-            self.evict(number, from_tier=tier)
+            self.evict(number, from_tier=tier, reason="writer")
             return
         path = self.check_evictable(inode)
         mine = [r for r in self.volume.catalog.replicas(number) if r.tier == tier.number]
@@ -149,28 +149,44 @@ class Replicas:
     def remove_block(self, inode: Inode, path: bytes) -> None:
         """The block goes: name, rows, and the files of all replicas.
 
-        Raises OSError, with nothing changed, when the inline tier refuses.
+        Raises OSError, with nothing changed, when the inline tier refuses that very file.
         """
         volume = self.volume
         replicas = volume.catalog.replicas(inode.id)
-        for replica in replicas:
-            tier = volume.by_number[replica.tier]
-            if tier.inline and tier.online:
-                tier.remove(path, bool(replica.fanned))
-        with volume.catalog.transaction():
-            promised = self.promise_removal(inode.id, path, replicas)
+        removed = self._remove_inline(path, replicas)
+        failpoints.hit("remove.inline_removed")
+        with volume.catalog.transaction("remove"):
+            promised = self.promise_removal(inode.id, path, replicas, removed)
             volume.catalog.delete(inode.id)
         self.account_removal(inode, replicas, promised)
 
+    def _remove_inline(self, path: bytes, replicas: list[Replica]) -> set[int]:
+        """Unlink at once on the tier that is called on the loop; the numbers of tiers where that
+        was done. One that fails is promised it like the others."""
+        removed = set()
+        for replica in replicas:
+            tier = self.volume.by_number[replica.tier]
+            if not (tier.inline and tier.online):
+                continue
+            try:
+                with tier.judged():
+                    tier.remove(path, bool(replica.fanned))
+            except OSError as error:
+                if not is_of_medium(error):
+                    raise
+            else:
+                removed.add(tier.number)
+        return removed
+
     def promise_removal(
-        self, inode: int, path: bytes, replicas: list[Replica], *, inline_too: bool = False
+        self, inode: int, path: bytes, replicas: list[Replica], removed: Container[int] = ()
     ) -> dict[int, int]:
-        """Intents to unlink what is not on the inline tier; tier number -> intent. In a
-        transaction of the caller, who calls `account_removal` after it."""
+        """Intents to unlink the files of replicas, but for tiers where they are `removed`; tier
+        number -> intent. In a transaction of the caller, who calls `account_removal` after it."""
         promised = {}
         for replica in replicas:
             tier = self.volume.by_number[replica.tier]
-            if inline_too or not (tier.inline and tier.online):
+            if tier.number not in removed:
                 stored = layout.stored_path(path, bool(replica.fanned))
                 intent = self.volume.catalog.add_intent(tier.number, "unlink", inode, stored)
                 promised[tier.number] = intent.id
@@ -185,9 +201,7 @@ class Replicas:
         for place, replica in enumerate(replicas):
             tier = volume.by_number[replica.tier]
             account = volume.space[tier.index]
-            volume.space.remove(
-                tier.index, replica.allocated_bytes, beside_bytes=largest(replicas[place + 1 :])
-            )
+            self.uncount(replica, replicas[place + 1 :])
             if block is not None and block.tier is tier and not block.fetched:
                 block.accounted_bytes = replica.allocated_bytes
                 block.hold(account)
@@ -204,9 +218,15 @@ class Replicas:
         for replica in replicas:
             if replica.tier in (source.number, target.number):
                 rest.remove(replica)
-                index = self.volume.by_number[replica.tier].index
-                self.volume.space.remove(index, replica.allocated_bytes, beside_bytes=largest(rest))
+                self.uncount(replica, rest)
         self.volume.space.add(target.index, 0)
+
+    def uncount(self, replica: Replica, rest: list[Replica]) -> None:
+        """A replica went, and the block keeps the rest."""
+        self.volume.space.remove(
+            self.volume.by_number[replica.tier].index, replica.allocated_bytes,
+            beside_bytes=largest(rest), saved_bytes=replica.saved_bytes,
+        )  # fmt: skip
 
     def _hold_promised(self, tier: Tier, intent: int, allocated_bytes: int) -> None:
         """Until the file is unlinked its bytes are on the tier."""
@@ -223,8 +243,8 @@ class Replicas:
         """
         volume = self.volume
         rest = volume.catalog.replicas(inode)
-        with volume.catalog.transaction():
-            promised = self.promise_removal(inode, path, gone, inline_too=True)
+        with volume.catalog.transaction("forget_replicas"):
+            promised = self.promise_removal(inode, path, gone)
             for replica in gone:
                 volume.catalog.drop_replica(inode, replica.tier)
             volume.catalog.set_replica_states(inode, GOOD, besides=-1)
@@ -235,7 +255,7 @@ class Replicas:
             rest.remove(replica)
             tier = volume.by_number[replica.tier]
             size = replica.allocated_bytes
-            volume.space.remove(tier.index, size, beside_bytes=largest(rest))
+            self.uncount(replica, rest)
             if block is not None and block.tier is tier and not block.fetched:
                 block.accounted_bytes = size
                 block.hold(volume.space[tier.index])
@@ -252,6 +272,7 @@ class Replicas:
         assert len(replicas) > 1, "the last replica is evicted, not dropped"
         promised = self.forget_replicas(inode.id, path, mine)
         await tier.run(tier.remove, path, bool(mine[0].fanned))
+        failpoints.hit("drop.removed")
         self.finish(tier, promised[tier.number])
         return mine[0].allocated_bytes
 
@@ -277,10 +298,10 @@ class Replicas:
         connection = self.volume.catalog.connection
         return scans.is_pinned(connection, scans.pinned_directories(connection), directory)
 
-    def evict(self, number: int, *, from_tier: Tier | None = None, asked: bool = False) -> int:
+    def evict(self, number: int, *, reason: str, from_tier: Tier | None = None) -> int:
         """Drop a block with all its replicas; bytes freed. Raises BlockBusy, BlockNotFound.
 
-        Without `asked` (an admin, a TTL) what matches `keep` stays.
+        For `watermark` and for a `writer` what matches `keep` stays.
         """
         volume = self.volume
         inode = volume.catalog.get(number)
@@ -288,16 +309,30 @@ class Replicas:
             raise BlockNotFound("no such block")
         path = self.check_evictable(inode)
         parent, name = volume.catalog.entry(number) or (0, b"")
-        if not asked and scans.is_kept(name, volume.config.tiering.keep):
+        own = reason in ("watermark", "writer")
+        if own and scans.is_kept(name, volume.config.tiering.keep):
             raise BlockBusy("its name matches `keep`")
         replicas = volume.catalog.replicas(number)
         tau = volume.accesses.tau(number, volume.catalog.tau_of(number) or heat.never)
         self.remove_block(inode, path)
+        failpoints.hit("evict.removed")
         volume.name_changed(parent, name)
-        volume.catalog.add_ghost(ghost_key(path), tau)
+        volume.catalog.ghosts.add(path, tau)
         last = from_tier or volume.by_number[max(r.tier for r in replicas)]
         volume.counters.tier(last.index).evictions += 1
+        volume.counters.count("evictions", reason=reason, tier=last.name)
         return sum(replica.allocated_bytes for replica in replicas)
+
+    def measured(self, number: int, tier: Tier, allocated_bytes: int) -> None:
+        """What a replica allocates by now; a record may have taken a page of its own."""
+        catalog = self.volume.catalog
+        others = catalog.replicas(number)
+        mine = next(replica for replica in others if replica.tier == tier.number)
+        others.remove(mine)
+        catalog.set_allocated(number, tier.number, allocated_bytes)
+        self.volume.space.resize(
+            tier.index, mine.allocated_bytes, allocated_bytes, beside_bytes=largest(others)
+        )
 
     def lose(self, inode: Inode, tier: Tier, reason: str = "no such file") -> None:
         """A replica's file is gone: forget it, and with the last one the block."""
@@ -307,16 +342,26 @@ class Replicas:
         mine = [replica for replica in replicas if replica.tier == tier.number]
         if not mine or path is None:
             return
-        log.error("tier %s lost %r: %s", tier.name, os.fsdecode(path), reason)
-        volume.counters.count("replicas_lost")
+        text = f"tier {tier.name} lost {os.fsdecode(path)!r}: {reason}"
+        volume.incidents.note("replicas_lost", text, reason="gone", tier=tier.name)
+        self.forget_file(inode, tier)
+
+    def forget_file(self, inode: Inode, tier: Tier) -> None:
+        """A replica's file is not at its place any more: its row goes, and the block with the
+        last one."""
+        volume = self.volume
+        replicas = volume.catalog.replicas(inode.id)
+        mine = [replica for replica in replicas if replica.tier == tier.number]
+        if not mine:
+            return
         others = [replica for replica in replicas if replica.tier != tier.number]
         if others:
-            with volume.catalog.transaction():
+            with volume.catalog.transaction("lose_replica"):
                 volume.catalog.drop_replica(inode.id, tier.number)
-            volume.space.remove(tier.index, mine[0].allocated_bytes, beside_bytes=largest(others))
+            self.uncount(mine[0], others)
             return
         entry = volume.catalog.entry(inode.id)
-        with volume.catalog.transaction():
+        with volume.catalog.transaction("lose_block"):
             volume.catalog.delete(inode.id)
         self.account_removal(inode, replicas, {})
         if entry is not None:
@@ -325,22 +370,43 @@ class Replicas:
     # --- intents
 
     async def settle(self, tier: Tier) -> None:
-        """Carry out what was promised for a tier, in order. Stops where the tier fails."""
+        """Carry out what was promised for a tier, in order. Stops where the tier fails.
+
+        A promise that fails for a reason of its own holds up only those for the same paths.
+        """
         catalog = self.volume.catalog
+        stuck: list[Intent] = []
         for intent in catalog.intents(tier.number):
+            if any(meets(intent, *_paths_of(other)) for other in stuck):
+                continue
             stored = [path for path in (intent.path, intent.target) if path is not None]
             async with self.volume.claims.hold(*(layout.logical_path(p)[0] for p in stored)):
                 # Who promised it may have done it meanwhile, and the old name be another's.
-                if catalog.has_intent(intent.id):
+                if not catalog.has_intent(intent.id):
+                    continue
+                try:
                     await self.apply(tier, intent)
-                    self.finish(tier, intent.id)
+                except OSError as error:
+                    if is_of_medium(error) or len(stuck) >= PROMISES_STUCK:
+                        raise
+                    stuck.append(intent)
+                    self._is_stuck(tier, intent, error)
+                    continue
+                failpoints.hit("intent.applied")
+                self.finish(tier, intent.id)
         catalog.flush_intents()
-        tier.behind = bool(tier.behind and catalog.intents(tier.number))
+        tier.health.behind = bool(tier.health.behind and catalog.intents(tier.number))
+
+    def _is_stuck(self, tier: Tier, intent: Intent, error: OSError) -> None:
+        what = f"tier {tier.name}: {intent.kind} of {os.fsdecode(intent.path)!r} is still promised"
+        self.volume.incidents.note(
+            "promises_stuck", f"{what}: {error}", reason=reason_of(error), tier=tier.name
+        )
 
     async def catch_up(self, tier: Tier) -> None:
         """Before a tier that was away is asked for a file by its name."""
-        if tier.behind:
-            with self.volume.tolerate(f"tier {tier.name}: what is promised"):
+        if tier.health.behind:
+            with self.volume.tolerate("what is promised", tier.name):
                 await self.settle(tier)
 
     def finish(self, tier: Tier, intent: int) -> None:
@@ -353,6 +419,8 @@ class Replicas:
     async def apply(self, tier: Tier, intent: Intent) -> None:
         """Do what an intent says unless it is void by now. The caller claims the path."""
         catalog = self.volume.catalog
+        if intent.id <= self.volume.doubted_intent and await self._is_overtaken(tier, intent):
+            return
         if intent.kind == "unlink":
             if catalog.replica_at(tier.number, intent.path) is None:
                 await tier.run(_remove_stored, tier, intent.path)
@@ -360,42 +428,73 @@ class Replicas:
         assert intent.target is not None
         # In order, also when the block has yet another name by now: the next intent starts there.
         there = catalog.replica_at(tier.number, intent.path)
+        path = tier.root + b"/" + intent.path
         if there is not None and not (
             # Another's by now, in the catalog; on a tier that was away it still is what moves.
-            there != intent.inode and await tier.run(_is_of, tier, intent.path, intent.inode)
+            there != intent.inode and await tier.run(holds, tier, path, intent.inode)
         ):
             return
         if catalog.replica_at(tier.number, intent.target) not in (None, intent.inode):
             return
-        # Renamed before a crash, but perhaps without the record that says so.
-        with contextlib.suppress(FileNotFoundError):
+        await self.carry_out_rename(tier, intent)
+
+    async def _is_overtaken(self, tier: Tier, intent: Intent) -> bool:
+        alive = self.volume.catalog.get(intent.inode) is not None
+        return await tier.run(partial(is_overtaken, tier, intent, alive=alive))
+
+    async def carry_out_rename(self, tier: Tier, intent: Intent) -> None:
+        """Do what an intent to rename says. The caller claims the path. Raises RecordBehind too."""
+        assert intent.target is not None, "a rename has a target"
+        try:
             await tier.run(_rename_stored, tier, intent.path, intent.target)
-        inode = catalog.get(intent.inode)
+        except FileNotFoundError:
+            # Renamed before a crash, but perhaps without the record that says so.
+            await tier.confirm_present()
+        except OSError as error:
+            redirected = await redirect(self.volume.catalog, tier, intent, error)
+            await self.carry_out_rename(tier, redirected)
+            return
+        inode = self.volume.catalog.get(intent.inode)
         if inode and inode.kind == Kind.BLOCK and inode.state == BlockState.SEALED:
-            await tier.run(_raise_generation, tier, intent.target, inode)
+            try:
+                await tier.run(_raise_generation, tier, intent.target, inode)
+            except OSError as error:
+                raise RecordBehind(error.errno, error.strerror) from error
+
+
+def meets(intent: Intent, *paths: bytes) -> bool:
+    """Whether an intent speaks of one of these paths, or of what is above or below them."""
+    return any(
+        layout.is_within(path, name) or layout.is_within(name, path)
+        for path in paths for name in _paths_of(intent)
+    )  # fmt: skip
+
+
+def _paths_of(intent: Intent) -> list[bytes]:
+    stored = (intent.path, intent.target or intent.path)
+    return [layout.logical_path(path)[0] for path in stored]
 
 
 def _remove_stored(tier: Tier, stored: bytes) -> None:
     path, fanned = layout.logical_path(stored)
     tier.remove(path, fanned)
+    failpoints.hit("intent.removed")
 
 
 def _rename_stored(tier: Tier, source: bytes, target: bytes) -> None:
     """Rename below a tier's root, making the target's directories. Repeating is harmless."""
     old, new = tier.root + b"/" + source, tier.root + b"/" + target
+    failpoints.hit("intent.renaming")
     rename_into_place(tier, old, new)
+    failpoints.hit("intent.renamed")
     if tier.index > 0:
         tier.remove_empty_parents(os.path.dirname(old))
-
-
-def _is_of(tier: Tier, stored: bytes, inode: int) -> bool:
-    """Whether the file at a path is this block's, as its seal record says."""
-    seal = tier.read_seal(tier.root + b"/" + stored)
-    return seal is not None and seal.inode == inode
 
 
 def _raise_generation(tier: Tier, stored: bytes, inode: Inode) -> None:
     absolute = tier.root + b"/" + stored
     seal = tier.read_seal(absolute)
     if seal is not None and seal.inode == inode.id:
-        tier.write_seal(absolute, seal.at_generation(inode.generation))
+        # That it was touched must not be hidden by this.
+        tier.write_seal(absolute, seal.at_generation(inode.generation), keep_time=True)
+        failpoints.hit("intent.generation_raised")

@@ -8,6 +8,8 @@ from typing import NamedTuple
 ROOT_INODE = 1
 # States of a replica: a suspect one is older than the reopened block's.
 GOOD, SUSPECT = 0, 1
+# Codecs of a replica: the bytes of its block as they are, or compressed (docs/FORMAT.md).
+RAW, ZSTD = 0, 1
 
 
 class Kind(IntEnum):
@@ -52,6 +54,21 @@ class Replica(NamedTuple):
     state: int
     fanned: int
     tau: float
+    verified: int
+    mtime_ns: int
+    codec: int = RAW
+    saved_bytes: int = 0
+
+
+class Placed(NamedTuple):
+    """A replica on one tier, with what its file is expected to be."""
+
+    inode: int
+    fanned: int
+    codec: int
+    size_bytes: int
+    state: int
+    checksum: bytes | None
 
 
 class Intent(NamedTuple):

@@ -12,7 +12,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from kvfs import heat, layout
@@ -39,11 +39,14 @@ class Resident(NamedTuple):
     pin: str | None
     parent: int
     name: bytes
+    # What a raw replica would allocate.
+    raw_bytes: int
     tiers: str
 
 
 _RESIDENT = (
     "SELECT r.inode, r.allocated_bytes, r.tau, i.state, i.pin, d.parent, d.name,"
+    " r.allocated_bytes + r.saved_bytes,"
     " (SELECT group_concat(o.tier) FROM replica o WHERE o.inode = r.inode)"
     " FROM replica r JOIN inode i ON i.id = r.inode JOIN dirent d ON d.inode = r.inode"
 )
@@ -137,9 +140,11 @@ def _hottest(
     )
     count = 0
     for row in rows:
-        block = view(db, survey, Resident._make(row))
+        replica = Resident._make(row)
+        block = view(db, survey, replica)
         if block.tiers[0] == survey.index_of[number]:
-            yield block
+            # Where it goes it is raw.
+            yield replace(block, size_bytes=replica.raw_bytes)
             count += 1
         if count >= MAX_PROMOTIONS:
             return
@@ -193,6 +198,8 @@ def is_pinned(db: sqlite3.Connection, known: dict[int, bool], directory: int) ->
     trail = []
     while (answer := known.get(directory)) is None:
         trail.append(directory)
+        # Until it is known better: the names of a damaged catalog may lead in a circle.
+        known[directory] = False
         row = db.execute("SELECT parent FROM dirent WHERE inode = ?", (directory,)).fetchone()
         if row is None:
             answer = False
@@ -203,8 +210,9 @@ def is_pinned(db: sqlite3.Connection, known: dict[int, bool], directory: int) ->
     return answer
 
 
+# UNION, not UNION ALL: the names of a damaged catalog may lead in a circle.
 _BELOW = (
-    "WITH RECURSIVE below (id) AS (SELECT ? UNION ALL SELECT d.inode FROM dirent d"
+    "WITH RECURSIVE below (id) AS (SELECT ? UNION SELECT d.inode FROM dirent d"
     " JOIN below b ON d.parent = b.id)"
 )
 
@@ -247,7 +255,7 @@ def expired(db: sqlite3.Connection, now_ns: int, limit: int) -> list[int]:
             )
         else:
             rows = db.execute(
-                "WITH RECURSIVE below (id) AS (SELECT ? UNION ALL SELECT d.inode FROM dirent d"
+                "WITH RECURSIVE below (id) AS (SELECT ? UNION SELECT d.inode FROM dirent d"
                 " JOIN below b ON d.parent = b.id JOIN inode i ON i.id = d.inode"
                 # A nearer TTL overrules: its own subtree is handled by itself.
                 " WHERE i.ttl_s IS NULL)"
@@ -285,3 +293,49 @@ def by_heat(
         merged.update(rows)
     ordered = sorted(merged, key=lambda inode: merged[inode], reverse=not coldest)
     return ordered[:limit]
+
+
+# --- the whole catalog: at mount, and to check the accounts
+
+
+def usage(connection: sqlite3.Connection) -> dict[int, tuple[int, int]]:
+    """Per tier number: replicas, allocated bytes."""
+    numbers = [row[0] for row in connection.execute("SELECT number FROM tier")]
+    if not numbers:
+        return {}
+    # Grouped by tier, SQLite would walk the heat index and seek every row: ten times slower.
+    columns = ", ".join(
+        f"count(*) FILTER (WHERE tier = {number}),"
+        f" sum(allocated_bytes) FILTER (WHERE tier = {number})"
+        for number in numbers
+    )
+    found = connection.execute(f"SELECT {columns} FROM replica").fetchone()
+    pairs = zip(numbers, found[::2], found[1::2], strict=True)
+    return {number: (count, size) for number, count, size in pairs if count}
+
+
+def saved_bytes(connection: sqlite3.Connection) -> dict[int, int]:
+    """Per tier number: what its compressed replicas allocate less than their blocks have."""
+    # Of the partial index alone.
+    rows = connection.execute(
+        "SELECT tier, sum(saved_bytes) FROM replica INDEXED BY replica_compressed"
+        " WHERE codec != 0 GROUP BY tier"
+    )
+    return dict(rows.fetchall())
+
+
+def duplicate_bytes(connection: sqlite3.Connection) -> int:
+    """Bytes of replicas beyond the largest of each block."""
+    row = connection.execute(
+        "SELECT coalesce(sum(extra), 0) FROM (SELECT sum(allocated_bytes)"
+        " - max(allocated_bytes) AS extra FROM replica GROUP BY inode HAVING count(*) > 1)"
+    ).fetchone()
+    return int(row[0])
+
+
+def totals(connection: sqlite3.Connection) -> tuple[int, int]:
+    """How many blocks and directories there are."""
+    blocks, every = connection.execute(
+        f"SELECT count(*) FILTER (WHERE kind = {int(Kind.BLOCK)}), count(*) FROM inode"
+    ).fetchone()
+    return blocks, every - blocks

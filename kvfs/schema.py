@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import sqlite3
 
-from kvfs.errors import CatalogError
+from kvfs import sanity
+from kvfs.errors import CatalogError, is_of_catalog_disk
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """
 -- Facts of the whole filesystem: 'clean' (1 after an orderly unmount), 'boot_id' (of the machine
--- when it was last opened), 'created_at'.
+-- when it last recovered), 'complete' (1 once it knows what its tiers hold), 'mounts' (how often it
+-- was), 'crashed' (the last mount that began after an end without order), 'scrub.TIER' (how far the
+-- scrub of a tier is).
 CREATE TABLE meta (
     key   TEXT PRIMARY KEY,
     value TEXT NOT NULL
@@ -71,9 +74,14 @@ CREATE TABLE replica (
     state           INTEGER NOT NULL,       -- 0 good, 1 suspect: the block is reopened elsewhere
     fanned          INTEGER NOT NULL,       -- 1 when stored in .kvfs.d
     tau             REAL NOT NULL,
+    verified        INTEGER NOT NULL,       -- the mount ('mounts') that last read it; 0: none did
+    mtime_ns        INTEGER NOT NULL,       -- of the file, as it was then; 0: not known
+    codec           INTEGER NOT NULL,       -- 0 raw, 1 zstd (docs/FORMAT.md)
+    saved_bytes     INTEGER NOT NULL,       -- the block's length less allocated_bytes; 0 when raw
     PRIMARY KEY (inode, tier)
 ) WITHOUT ROWID;
 CREATE INDEX replica_by_heat ON replica (tier, tau);
+CREATE INDEX replica_compressed ON replica (tier, saved_bytes) WHERE codec != 0;
 
 -- Foreign user.* xattrs. The backing files carry them too.
 CREATE TABLE xattr (
@@ -104,8 +112,17 @@ CREATE TABLE ghost (
 CREATE INDEX ghost_by_heat ON ghost (tau);
 """
 
-# Version n -> n + 1. Empty while there is one version only.
-MIGRATIONS: dict[int, str] = {}
+# Version n -> n + 1.
+MIGRATIONS: dict[int, str] = {
+    1: (
+        "ALTER TABLE replica ADD COLUMN verified INTEGER NOT NULL DEFAULT 0;"
+        "ALTER TABLE replica ADD COLUMN mtime_ns INTEGER NOT NULL DEFAULT 0;"
+        "ALTER TABLE replica ADD COLUMN codec INTEGER NOT NULL DEFAULT 0;"
+        "ALTER TABLE replica ADD COLUMN saved_bytes INTEGER NOT NULL DEFAULT 0;"
+        "CREATE INDEX replica_compressed ON replica (tier, saved_bytes) WHERE codec != 0;"
+        "INSERT OR REPLACE INTO meta VALUES ('complete', '1');"
+    ),
+}
 
 
 def prepare(connection: sqlite3.Connection) -> bool:
@@ -118,7 +135,10 @@ def prepare(connection: sqlite3.Connection) -> bool:
         raise CatalogError(
             f"the catalog has schema {version}, this kvfs knows {SCHEMA_VERSION}: upgrade kvfs"
         )
-    if version == 0:
+    (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if version <= 0 and objects:
+        raise sqlite3.DatabaseError("the version of its schema is lost")
+    if version <= 0:
         _run(connection, SCHEMA, SCHEMA_VERSION)
         return True
     # Damage that a query meets later would make names vanish: about a second per million blocks.
@@ -126,8 +146,18 @@ def prepare(connection: sqlite3.Connection) -> bool:
     if verdict != "ok":
         raise sqlite3.DatabaseError(verdict)
     for step in range(version, SCHEMA_VERSION):
-        _run(connection, MIGRATIONS[step], step + 1)
+        _migrate(connection, step)
+    sanity.check(connection)
     return False
+
+
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    try:
+        _run(connection, MIGRATIONS[version], version + 1)
+    except sqlite3.OperationalError as error:
+        if is_of_catalog_disk(error):
+            raise
+        raise sqlite3.DatabaseError(str(error)) from None
 
 
 def _run(connection: sqlite3.Connection, script: str, version: int) -> None:

@@ -6,18 +6,25 @@ import contextlib
 import os
 from dataclasses import dataclass
 
-import trio
-
 from kvfs import layout
 from kvfs.attributes import Attributes
 from kvfs.blocks import Blocks
-from kvfs.errors import TierOffline
+from kvfs.leases import Leases
+from kvfs.lending import Lender
+from kvfs.lingering import Lingering
+from kvfs.lookup import Lookup
 from kvfs.mover import Mover
 from kvfs.namespace import Namespace
+from kvfs.prefetch import Prefetcher
+from kvfs.puts import Puts
+from kvfs.quarantine import Quarantine
+from kvfs.quotas import Quotas
 from kvfs.recovery import Recovery
 from kvfs.replicas import Replicas
 from kvfs.rows import Inode
+from kvfs.scrub import Scrubber
 from kvfs.sealer import Sealer
+from kvfs.verify import Verifier
 from kvfs.volume import Volume
 from kvfs.walk import look
 
@@ -39,12 +46,25 @@ class Store:
     def __init__(self, volume: Volume) -> None:
         self.volume = volume
         self.replicas = Replicas(volume)
-        self.blocks = Blocks(volume, self.replicas)
+        self.quarantine = Quarantine(volume)
+        self.verifier = Verifier(volume, self.replicas, self.quarantine)
+        self.mover = Mover(volume, self.replicas, self.verifier)
+        self.blocks = Blocks(volume, self.replicas, self.verifier, self.mover.unpack)
         self.namespace = Namespace(volume, self.replicas, self.blocks)
         self.attributes = Attributes(volume, self.replicas, self.blocks, self.namespace)
         self.sealer = Sealer(volume, self.replicas)
-        self.mover = Mover(volume, self.replicas)
-        self.recovery = Recovery(volume, self.replicas)
+        self.scrubber = Scrubber(volume, self.verifier, self.namespace)
+        self.recovery = Recovery(volume, self.replicas, self.verifier)
+        # For clients that come by the control socket.
+        self.lookup = Lookup(volume, self.find_on_tiers)
+        self.prefetcher = Prefetcher(volume, self.mover)
+        self.lingering = Lingering(self.blocks)
+        self.quotas = Quotas(volume, self.lingering)
+        lender = Lender(volume, self.blocks, self.prefetcher, self.lingering)
+        self.leases = Leases(volume, self.lookup, lender, self.quotas)
+        self.puts = Puts(
+            volume, self.blocks, self.namespace, self.sealer, self.quotas, self.lingering
+        )
 
     async def find_on_tiers(self, parent: int, name: bytes) -> Inode | None:
         """Until the walk after a crash has finished, a miss is answered from the tiers."""
@@ -56,7 +76,7 @@ class Store:
             if not tier.online:
                 continue
             for fanned in (False, True):
-                with contextlib.suppress(OSError, TierOffline):
+                with self.volume.overlook("lookups_failed", tier):
                     found = await tier.run(look, tier, layout.stored_path(path, fanned))
                     if found is not None and (found.is_directory or found.seal is not None):
                         await self.recovery.absorb(tier, found)
@@ -67,33 +87,28 @@ class Store:
         path = self.volume.catalog.directory_path(inode)
         first = self.volume.tiers[0]
         if path is not None and first.online:
-            await trio.to_thread.run_sync(
-                _sync_directory, first.locate(path), limiter=first.limiter
-            )
+            with contextlib.suppress(FileNotFoundError):
+                await first.run_in_thread(first.files.sync_directory, first.locate(path))
 
     def room(self) -> Room:
         """Free space as engines should see it: a full cache that evicts is not a full disk."""
         volume = self.volume
+        self.blocks.growth.account_unseen()
         accounts = [volume.space[tier.index] for tier in volume.tiers if tier.online]
         size = sum(account.capacity_bytes for account in accounts)
+        room = sum(account.room_bytes for account in accounts)
         free = sum(account.free_bytes for account in accounts) + volume.space.duplicate_bytes
-        busy = sum(account.reserved_bytes + account.held_bytes for account in accounts)
+        busy = sum(account.taken_bytes - account.used_bytes for account in accounts)
         evicts = volume.config.tiering.on_full == "evict"
         first = volume.tiers[0]
-        free_files = os.statvfs(first.root).f_favail if first.inline and first.online else 1 << 32
+        free_files = 1 << 32
+        if first.inline and first.online:
+            with volume.overlook("lookups_failed", first), first.judged():
+                free_files = os.statvfs(first.root).f_favail
         return Room(
             size_bytes=size,
             free_bytes=min(free, size),
-            available_bytes=max(0, size - busy) if evicts else min(free, size),
+            available_bytes=max(0, room - busy) if evicts else min(free, size),
             files=volume.blocks + volume.directories,
             free_files=free_files,
         )
-
-
-def _sync_directory(absolute: bytes) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(absolute, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
+
 from kvfs import scans
 from kvfs.attributes import STATE_NAMES
 from kvfs.policy import PolicySettings, TierView, explain
@@ -35,6 +37,7 @@ class Views:
     def statistics(self) -> dict[str, Any]:
         """The document of `.kvfs/stats` and `kvfs status --json`."""
         store, volume = self.store, self.store.volume
+        store.blocks.growth.account_unseen()
         counters = dict(volume.counters.events)
         return {
             "version": STATISTICS_VERSION,
@@ -55,18 +58,54 @@ class Views:
             "tiers": self.tiers(),
             "moves": {
                 "running": [
-                    {**asdict(move), "path": os.fsdecode(move.path)}
+                    {
+                        "kind": move.kind,
+                        "path": os.fsdecode(move.path),
+                        "source": move.source,
+                        "target": move.target,
+                        "size_bytes": move.size_bytes,
+                        "done_bytes": move.done_bytes,
+                    }
                     for move in store.mover.running.values()
                 ],
                 "queued": self.queued_moves,
             },
+            "seal": {"lag_s": round(store.sealer.lag_s(), 3), **asdict(store.sealer.costs)},
+            "scrub": self._scrub(),
+            "leases": self._leases(),
             "counters": counters,
+            "incidents": [
+                {"event": event, "reason": reason, "tier": tier, "count": count}
+                for (event, reason, tier), count in sorted(volume.counters.reasons.items())
+            ],
         }
+
+    def _leases(self) -> dict[str, int]:
+        """What clients of the library have now, and what they are waiting for."""
+        store = self.store
+        return {
+            "leases": len(store.leases), "blocks": store.quotas.total.leases,
+            "bytes": store.quotas.total.size_bytes, "lingering": store.lingering.total,
+            "puts": len(store.puts), "prefetches": len(store.prefetcher),
+        }  # fmt: skip
+
+    def _scrub(self) -> dict[str, Any]:
+        """How far the scrub of each tier is; `at` is the one that is being read."""
+        scrubber = self.store.scrubber
+        passes = [
+            {"tier": tier.name, **msgspec.to_builtins(scrubber.progress(tier))}
+            for tier in self.store.volume.tiers
+        ]
+        return {
+            "at": scrubber.at, "rate": self.store.volume.config.tiering.scrub_rate,
+            "passes": passes,
+        }  # fmt: skip
 
     def _state(self) -> str:
         if self.store.volume.walking:
             return "recovering"
-        return "ok" if all(t.state == "online" for t in self.store.volume.tiers) else "degraded"
+        well = all(tier.health.shown == "online" for tier in self.store.volume.tiers)
+        return "ok" if well else "degraded"
 
     def tiers(self) -> list[dict[str, Any]]:
         """One row per tier, fastest first."""
@@ -82,15 +121,21 @@ class Views:
                 "path": str(tier.config.path),
                 "uuid": tier.identity.uuid,
                 "capacity_bytes": account.capacity_bytes,
+                "room_bytes": account.room_bytes,
                 "used_bytes": account.used_bytes,
                 "reserved_bytes": account.reserved_bytes,
                 "held_bytes": account.held_bytes,
+                "quarantine_bytes": account.quarantine_bytes,
+                "quarantine_files": account.quarantine_files,
                 "free_bytes": account.free_bytes,
+                "saved_bytes": account.saved_bytes,
                 "high_watermark": high,
                 "low_watermark": low,
                 "blocks": account.blocks,
-                "state": "draining" if tier.draining and tier.online else tier.state,
-                "last_error": tier.last_error,
+                "state": "draining" if tier.draining and tier.online else tier.health.shown,
+                "last_error": tier.health.last_error,
+                "waiting": tier.waiting,
+                "accepts": tier.accepts,
                 "hit_share": round(counters.opens / all_opens, 6) if all_opens else 0.0,
                 **asdict(counters),
             })  # fmt: skip
@@ -103,11 +148,13 @@ class Views:
         names = attributes.replica_names(inode.id) if block else []
         entry = self.store.volume.catalog.entry(inode.id)
         by_directory = entry is not None and self.store.replicas.pinned_by_directory(entry[0])
+        opened = self.store.replicas.open_blocks.get(inode.id)
         described = {
             "path": path,
             "size_bytes": inode.size_bytes,
             "tier": names[0] if names else None,
             "replicas": names,
+            "codecs": attributes.replica_codecs(inode.id) if block else [],
             "heat": round(attributes.heat(inode.id), 4) if block else None,
             "state": STATE_NAMES[BlockState(inode.state)] if block else None,
             "pinned": inode.pin is not None or by_directory,
@@ -118,7 +165,8 @@ class Views:
             "generation": inode.generation,
             "checksum": inode.checksum.hex() if inode.checksum else None,
             "inode": inode.id,
-            "open": inode.id in self.store.replicas.open_blocks,
+            "open": opened is not None,
+            "mode": opened.mode or None if opened else None,
         }
         if why:
             described["why"] = self._why(inode) if block else "it is a directory"
@@ -162,9 +210,10 @@ class Views:
             account = volume.space[tier.index]
             low, high = volume.config.tiering.watermarks(tier.config)
             views.append(TierView(
-                index=tier.index, name=tier.name, capacity_bytes=account.capacity_bytes,
+                index=tier.index, name=tier.name, capacity_bytes=account.planned_bytes,
                 used_bytes=account.taken_bytes, high_watermark=high, low_watermark=low,
                 promote_budget_bytes=budgets.get(tier.index, account.capacity_bytes),
-                online=tier.online and not tier.draining,
+                online=tier.online and not tier.draining, accepts=tier.accepts,
+                read_only=tier.health.refuses == "read-only",
             ))  # fmt: skip
         return views

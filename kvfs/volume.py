@@ -7,45 +7,72 @@ before all of them hold. The parts that change the namespace share a `Volume`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import trio
 
-from kvfs import layout
+from kvfs import failpoints, layout, scans
 from kvfs.accesses import Accesses
 from kvfs.catalog import Catalog
+from kvfs.catalog_file import DAMAGED, catalog_path, claimed, open_current, set_aside
 from kvfs.claims import Claims
 from kvfs.clock import Clock
 from kvfs.config import Config, TierConfig
-from kvfs.errors import CatalogError, TierError, is_expected
-from kvfs.metrics import Counters
-from kvfs.rows import ROOT_INODE, Kind
-from kvfs.space import Space
-from kvfs.tier import (
+from kvfs.deadlines import answers
+from kvfs.errors import (
+    CatalogError,
+    TierError,
+    TierOffline,
+    damaged_catalog,
+    is_expected,
+    is_of_catalog_disk,
+    is_of_damaged_catalog,
+    reason_of,
+)
+from kvfs.health import is_full
+from kvfs.identity import (
     ABSENT,
     Member,
-    Tier,
     TierIdentity,
     init_tier,
     is_empty,
     read_identity,
     write_identity,
 )
+from kvfs.incidents import Incidents
+from kvfs.metrics import Counters
+from kvfs.rows import ROOT_INODE, Kind
+from kvfs.space import Space
+from kvfs.tier import Tier
 from kvfs.units import format_size
 
 log = logging.getLogger(__name__)
 
 SEALS_REMEMBERED = 65_536
+# In the catalog's meta: it knows all that its tiers hold. Until then it is (still) rebuilt.
+COMPLETE = "complete"
+# It may lack what its tiers have, since the machine stopped.
+BEHIND = "behind"
 
 
 def no_invalidation(parent: int, name: bytes) -> None:
     """Where nothing is mounted, nobody has cached a name."""
+
+
+def no_attributes(inode: int) -> None:
+    """Nor attributes."""
+
+
+async def nobody_to_tell() -> None:
+    """Where nothing is mounted, there is nobody to wait for."""
 
 
 @dataclass
@@ -60,24 +87,42 @@ class Volume:
     rebuild: bool
     unclean: bool
     same_boot: bool
+    # The machine stopped: until the walk has ended, the tiers may know what the catalog lost.
+    catalog_behind: bool
+    # Intents up to this one it may promise though they were carried out before.
+    doubted_intent: int
+    # The number of this mount, and of the last one that began after an end without order.
+    mounts: int
+    crashed: int
     claims: Claims = field(default_factory=Claims)
     clock: Clock = field(default_factory=Clock)
     counters: Counters = field(default_factory=Counters)
     # Called with (parent inode, name) whenever a name appears or goes without the kernel asking.
     name_changed: Callable[[int, bytes], None] = no_invalidation
+    # Called with an inode whose attributes changed without the kernel asking.
+    attributes_changed: Callable[[int], None] = no_attributes
+    # Returns when the kernel knows of all that.
+    names_told: Callable[[], Awaitable[None]] = nobody_to_tell
     # Set to wake the tiering loop, the sealer and the services that carry out intents.
     tiering_due: trio.Event = field(default_factory=trio.Event)
     sealing_due: trio.Event = field(default_factory=trio.Event)
     settling_due: trio.Event = field(default_factory=trio.Event)
-    to_seal: set[int] = field(default_factory=set)
+    # By the time when it was first asked for, oldest first.
+    to_seal: dict[int, float] = field(default_factory=dict)
     # Being hashed; a writer takes its block out, so that no older hash is committed for it.
     sealing: set[int] = field(default_factory=set)
-    _tolerated: dict[str, str] = field(default_factory=dict)
+    # Not sealed although closed: their writer was refused. Few, and gone with the daemon.
+    torn: set[int] = field(default_factory=set)
     walking: bool = False
+    # Set aside when it is closed.
+    damaged: bool = False
     blocks: int = 0
     directories: int = 0
 
     def __post_init__(self) -> None:
+        self.incidents = Incidents(self.counters)
+        for tier in self.tiers:
+            tier.health.incidents = self.incidents
         self.by_number = {tier.number: tier for tier in self.tiers}
 
     def tier_named(self, name: str) -> Tier:
@@ -95,40 +140,93 @@ class Volume:
     def request_seal(self, inode: int) -> None:
         """A block was closed or published. What is forgotten here is found by the next scan."""
         if len(self.to_seal) < SEALS_REMEMBERED:
-            self.to_seal.add(inode)
+            self.to_seal.setdefault(inode, time.monotonic())
+        else:
+            self.counters.count("seals_postponed", reason="queue")
         self.sealing_due.set()
 
     @contextlib.contextmanager
-    def tolerate(self, what: str) -> Iterator[None]:
-        """Something that is tried again may fail for a tier or the catalog's disk: it is said
-        once, and the mount goes on."""
+    def tolerate(self, what: str, tier: str = "") -> Iterator[None]:
+        """Something that is tried again may fail for a tier or the catalog's disk: it is counted
+        and told, and the mount goes on."""
         try:
             yield
         except Exception as error:
             if not is_expected(error):
                 raise
-            if self._tolerated.get(what) != str(error):
-                self._tolerated[what] = str(error)
-                log.error("%s: %s", what, error)
-            self.counters.count("tolerated_failures")
-        else:
-            self._tolerated.pop(what, None)
+            where = f"tier {tier}: {what}" if tier else what
+            self.incidents.note(
+                "tolerated_failures", f"{where}: {error}", reason=reason_of(error), tier=tier
+            )
+
+    @contextlib.contextmanager
+    def overlook(self, event: str, tier: Tier) -> Iterator[None]:
+        """What a tier fails at here does no harm, or is done later: it is counted, not told."""
+        try:
+            yield
+        except (OSError, TierOffline) as error:
+            self.counters.count(event, reason=reason_of(error), tier=tier.name)
 
     def load_usage(self) -> None:
         """Fill the accounts from the catalog: two scans, at mount only."""
-        for number, (count, size) in self.catalog.usage().items():
+        try:
+            self._fill_accounts(self.catalog.connection)
+        except sqlite3.OperationalError as error:
+            if is_of_catalog_disk(error):
+                raise
+            # A sum that no sizes of files can have.
+            raise damaged_catalog(str(error)) from None
+        sums = [self.space.duplicate_bytes, *(tier.used_bytes for tier in self.space.tiers)]
+        if {type(size) for size in sums} != {int} or min(sums) < 0:
+            raise damaged_catalog("the sizes of replicas make no sense")
+
+    def _fill_accounts(self, connection: sqlite3.Connection) -> None:
+        for number, (count, size) in scans.usage(connection).items():
             account = self.space[self.by_number[number].index]
             account.used_bytes, account.blocks = size, count
-        self.space.duplicate_bytes = self.catalog.duplicate_bytes()
-        self.blocks, self.directories = self.catalog.totals()
+        for number, saved_bytes in scans.saved_bytes(connection).items():
+            self.space[self.by_number[number].index].saved_bytes = saved_bytes
+        self.space.duplicate_bytes = scans.duplicate_bytes(connection)
+        self.blocks, self.directories = scans.totals(connection)
+
+    def recovered(self) -> None:
+        """What must hold before serving holds. Until here the next start would do it again, and
+        know that the machine had stopped."""
+        self.catalog.set_meta("boot_id", boot_id())
+        self.catalog.set_meta(COMPLETE, "1")
+        failpoints.hit("recovery.finished")
+
+    def caught_up(self) -> None:
+        """The catalog knows all that its tiers have."""
+        self.catalog.set_meta(BEHIND, "0")
+        self.catalog_behind, self.doubted_intent = False, 0
 
     def close(self, *, clean: bool) -> None:
-        """Close the catalog and give the tiers back."""
-        if clean:
+        """Close the catalog and give the tiers back. A walk that has not ended begins anew at the
+        next mount."""
+        if clean and not self.walking:
             self.catalog.set_meta("clean", "1")
+            failpoints.hit("close.marked_clean")
         self.catalog.close()
+        if self.damaged:
+            set_aside(self.catalog.path, ".corrupt")
         for tier in self.tiers:
             tier.unlock()
+
+    @contextlib.contextmanager
+    def damage_told(self) -> Iterator[None]:
+        """Around all use of the volume: damage of the catalog that its check at opening does not
+        find ends it with CatalogError, and the next start makes the catalog anew."""
+        try:
+            yield
+        except Exception as error:
+            if is_of_catalog_disk(error):
+                path = self.catalog.path
+                raise CatalogError(f"the catalog {path} cannot be used: {error}") from error
+            if not is_of_damaged_catalog(error):
+                raise
+            self.damaged = True
+            raise CatalogError(DAMAGED.format(path=self.catalog.path)) from error
 
 
 def boot_id() -> str:
@@ -136,76 +234,43 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def catalog_path(config: Config) -> Path:
-    """Where the catalog lies: on the fastest tier unless configured."""
-    return config.mount.catalog or config.tier[0].path / os.fsdecode(layout.CATALOG_FILE)
-
-
-def open_volume(config: Config, forget: tuple[str, ...] = ()) -> Volume:
+def open_volume(config: Config, forget: tuple[str, ...] = (), *, only_look: bool = False) -> Volume:
     """Check every tier, initialise new empty ones, open the catalog.
 
+    With `only_look` the next mount still knows how this volume was left, unless there was no
+    catalog.
     Raises TierError, CatalogError: nothing was changed then but new directories' identities.
     """
-    found = [_find_identity(tier) for tier in config.tier]
+    silent = frozenset(tier.name for tier in config.tier if _is_silent(tier))
+    found = [None if tier.name in silent else _find_identity(tier) for tier in config.tier]
     _check_replaced(config, found, forget)
-    _check_distinct(config)
+    _check_distinct(tier for tier in config.tier if tier.name not in silent)
     existed = any(found)
     path = catalog_path(config)
     if found[0] is None and config.mount.catalog is None:
         found[0] = init_tier(config.tier[0].path)
-    catalog = _open_current(path, found)
+    with claimed(config.tier[0], found[0]):
+        catalog = open_current(path, found)
     try:
-        tiers = _open_tiers(config, catalog, found, forget)
-        return _assemble(config, tiers, catalog, rebuild=existed and catalog.created)
-    except BaseException:
+        tiers = _open_tiers(config, catalog, found, forget, silent)
+        rebuild = existed and catalog.meta(COMPLETE) != "1"
+        mark = rebuild or not only_look
+        return _assemble(config, tiers, catalog, rebuild=rebuild, mark=mark)
+    except BaseException as error:
         catalog.close()
         if catalog.created and not existed:
             path.unlink(missing_ok=True)
-        raise
+        if is_of_catalog_disk(error):
+            raise CatalogError(f"the catalog {path} cannot be used: {error}") from error
+        if not is_of_damaged_catalog(error):
+            raise
+        set_aside(path, ".corrupt")
+        raise CatalogError(DAMAGED.format(path=path)) from error
 
 
-def open_catalog(path: Path) -> tuple[Catalog, Path | None]:
-    """Open, or set a corrupt one aside and begin anew; the path of what was set aside.
-
-    Raises CatalogError when the schema is newer than this kvfs, or the disk is full, say.
-    """
-    try:
-        return Catalog(path), None
-    except CatalogError:
-        raise
-    except sqlite3.OperationalError as error:
-        raise CatalogError(f"the catalog {path} cannot be opened: {error}") from None
-    except sqlite3.DatabaseError:
-        aside = set_aside(path, ".corrupt")
-        return Catalog(path), aside
-
-
-def set_aside(path: Path, suffix: str) -> Path:
-    """Rename a catalog with its log; where it is now."""
-    aside = path.with_suffix(suffix)
-    for part in ("", "-wal", "-shm"):
-        source = Path(f"{path}{part}")
-        if source.exists():
-            source.rename(f"{aside}{part}")
-    return aside
-
-
-def _open_current(path: Path, found: list[TierIdentity | None]) -> Catalog:
-    """The catalog, or a new one where there is none, it is corrupt or older than its tiers."""
-    catalog, aside = open_catalog(path)
-    if aside:
-        log.warning("the catalog was corrupt; set aside as %s and rebuilt", aside)
-    known = {uuid for _, uuid, _, _ in catalog.known_tiers()}
-    mounts = [identity.mounts for identity in found if identity and identity.uuid in known]
-    if mounts and int(catalog.meta("mounts") or 0) < max(mounts):
-        catalog.close()
-        aside = set_aside(path, ".old")
-        log.warning("the catalog is older than its tiers; set aside as %s and rebuilt", aside)
-        catalog = Catalog(path)
-    return catalog
-
-
-def _assemble(config: Config, tiers: list[Tier], catalog: Catalog, *, rebuild: bool) -> Volume:
+def _assemble(
+    config: Config, tiers: list[Tier], catalog: Catalog, *, rebuild: bool, mark: bool
+) -> Volume:
     if catalog.get(ROOT_INODE) is None:
         status = os.stat(config.tier[0].path)
         catalog.insert_inode(
@@ -214,15 +279,50 @@ def _assemble(config: Config, tiers: list[Tier], catalog: Catalog, *, rebuild: b
         )  # fmt: skip
     unclean = not catalog.created and catalog.meta("clean") != "1"
     same_boot = catalog.meta("boot_id") == boot_id()
-    catalog.set_meta("clean", "0")
-    catalog.set_meta("boot_id", boot_id())
+    behind = rebuild or catalog.meta(BEHIND) == "1" or (unclean and not same_boot)
+    promised = [i.id for tier in tiers for i in catalog.intents(tier.number)] if behind else []
+    mounts = catalog.meta("mounts") or "0"
+    if mark:
+        if rebuild or unclean or not same_boot:
+            catalog.set_meta("crashed", mounts)
+        catalog.set_meta(BEHIND, str(int(behind)))
+        # Else a power loss would leave a catalog that says it is complete.
+        catalog.set_meta_durably("clean", "0")
+        failpoints.hit("open.marked_unclean")
     volume = Volume(
         config=config, tiers=tiers, catalog=catalog, space=Space(config.tier),
         accesses=Accesses(config.tiering.half_life_s),
-        rebuild=rebuild, unclean=unclean, same_boot=same_boot,
+        rebuild=rebuild, unclean=unclean or behind, same_boot=same_boot, catalog_behind=behind,
+        doubted_intent=max(promised, default=0),
+        mounts=int(mounts), crashed=int(catalog.meta("crashed") or 0),
     )  # fmt: skip
     volume.load_usage()
     return volume
+
+
+def _is_silent(tier: TierConfig) -> bool:
+    """Whether a tier does not answer, or fails: nobody waits for it then.
+
+    Raises TierError for one that is required and hangs.
+    """
+    remote = tier.medium == "remote"
+
+    def ask() -> None:
+        with contextlib.suppress(FileNotFoundError, TierError):
+            try:
+                os.statvfs(tier.path)
+                read_identity(tier.path)
+            except OSError:
+                if remote:
+                    raise
+
+    silent = not answers(ask, tier.deadline_s)
+    if silent and not remote:
+        raise TierError(
+            f"tier {tier.name}: {tier.path} does not answer within {tier.deadline_s:g} s; "
+            "is its disk in order?"
+        )
+    return silent
 
 
 def _find_identity(tier: TierConfig) -> TierIdentity | None:
@@ -251,10 +351,10 @@ def check_capacity(tier: TierConfig) -> None:
         )
 
 
-def _check_distinct(config: Config) -> None:
+def _check_distinct(tiers: Iterable[TierConfig]) -> None:
     """Refuse one directory under two paths (a bind mount), before it gets an identity."""
     first: dict[tuple[int, int], str] = {}
-    for tier in config.tier:
+    for tier in tiers:
         if tier.path.is_dir():
             status = os.stat(tier.path)
             twin = first.setdefault((status.st_dev, status.st_ino), tier.name)
@@ -294,13 +394,13 @@ def _refuse_unmounted(tier: TierConfig, members: set[tuple[str, str]]) -> None:
 
 def _open_tiers(
     config: Config, catalog: Catalog, found: list[TierIdentity | None],
-    forget: tuple[str, ...],
+    forget: tuple[str, ...], silent: frozenset[str],
 ) -> list[Tier]:  # fmt: skip
     known = {uuid: (number, name, path) for number, uuid, name, path in catalog.known_tiers()}
     tiers = []
     for index, (tier, identity) in enumerate(zip(config.tier, found, strict=True)):
         if identity is None:
-            identity = _identity_of_missing(tier, known, forget)
+            identity = _identity_of_missing(tier, known, forget, silent)
         elif identity.uuid not in known and identity.members and not catalog.created:
             raise TierError(
                 f"tier {tier.name}: {tier.path} belongs to another kvfs; mount it with that one's "
@@ -308,9 +408,11 @@ def _open_tiers(
                 f"`kvfs tier init {tier.path} --adopt`"
             )
         number = catalog.tier_number(identity.uuid, tier.name, str(tier.path))
+        failpoints.hit("open.tier_known")
         opened = Tier(index, number, tier, identity)
         if identity.probe is ABSENT:
-            opened.mark_offline(f"{tier.path} is not mounted")
+            how = "does not answer" if tier.name in silent else "is not mounted"
+            opened.health.lost(f"{tier.path} {how}")
         tiers.append(opened)
     # Before anything is forgotten: another daemon may have this catalog.
     _lock_all(tiers)
@@ -325,8 +427,9 @@ def _open_tiers(
 
 
 def _identity_of_missing(
-    tier: TierConfig, known: dict[str, tuple[int, str, str]], forget: tuple[str, ...]
-) -> TierIdentity:
+    tier: TierConfig, known: dict[str, tuple[int, str, str]], forget: tuple[str, ...],
+    silent: frozenset[str],
+) -> TierIdentity:  # fmt: skip
     """Initialise a new empty directory, or stand in for a remote tier that is away."""
     for uuid, (_, name, path) in known.items():
         if name in forget or (name != tier.name and path != str(tier.path)):
@@ -334,6 +437,8 @@ def _identity_of_missing(
         if tier.medium != "remote":
             _refuse_unmounted(tier, {(name, path)})
         return TierIdentity(uuid=uuid, format_version=1, created_at=0.0, probe=ABSENT)
+    if tier.name in silent:
+        raise TierError(f"tier {tier.name}: {tier.path} does not answer and was never used")
     if not tier.path.is_dir():
         raise TierError(f"tier {tier.name}: {tier.path} does not exist and was never used")
     return init_tier(tier.path)
@@ -374,8 +479,15 @@ def _remember_members(tiers: list[Tier], catalog: Catalog) -> None:
     counted = [tier.identity.mounts for tier in tiers]
     mounts = max(int(catalog.meta("mounts") or 0), *counted) + 1
     catalog.set_meta_durably("mounts", str(mounts))
+    failpoints.hit("open.mounts_counted")
     members = {t.identity.uuid: Member(t.name, str(t.config.path)) for t in tiers}
     for tier in tiers:
         if tier.online:
             tier.identity = msgspec.structs.replace(tier.identity, members=members, mounts=mounts)
-            write_identity(tier.config.path, tier.identity)
+            try:
+                write_identity(tier.config.path, tier.identity)
+            except OSError as error:
+                # A full disk must not keep anybody from what is on it.
+                if not is_full(error) and error.errno != errno.EROFS:
+                    raise
+                log.warning("tier %s: its tier.json stays as it was: %s", tier.name, error)

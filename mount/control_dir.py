@@ -43,12 +43,23 @@ class ControlDirectory:
         """A snapshot. Raises FilesystemError(EISDIR)."""
         if inode == CONTROL_INODE:
             raise FilesystemError(errno.EISDIR)
-        return self._files[self._names[inode - CONTROL_INODE - 1]]()
+        return self._files[self._name(inode)]()
+
+    def _name(self, inode: int) -> bytes:
+        place = inode - CONTROL_INODE - 1
+        if place >= len(self._names):
+            raise FilesystemError(errno.ESTALE)
+        return self._names[place]
 
     def attributes(self, inode: int) -> pyfuse3.EntryAttributes:
-        """Size 0, as in /proc: it is only known at open, and reads are not cut to it."""
+        """Size 0, as in /proc: it is only known at open, and reads are not cut to it.
+
+        Raises FilesystemError(ESTALE).
+        """
         entry = pyfuse3.EntryAttributes()
         directory = inode == CONTROL_INODE
+        if not directory:
+            self._name(inode)
         entry.st_ino = pyfuse3.InodeT(inode)
         entry.st_mode = stat.S_IFDIR | 0o555 if directory else stat.S_IFREG | 0o444
         entry.st_nlink = 2 if directory else 1
@@ -58,7 +69,7 @@ class ControlDirectory:
 
     def is_probe(self, inode: int) -> bool:
         """The file that shows whether passthrough works."""
-        return self._names[inode - CONTROL_INODE - 1] == PROBE if inode > CONTROL_INODE else False
+        return inode > CONTROL_INODE and self._name(inode) == PROBE
 
     def refuse(self) -> NotPermitted:
         """The answer to every change."""

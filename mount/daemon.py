@@ -11,50 +11,37 @@ import ctypes
 import json
 import logging
 import os
-import resource
 import signal
-import socket
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import pyfuse3
 import trio
 
 from kvfs import layout
 from kvfs.config import (
     Config,
-    TierConfig,
-    check_config,
     config_to_builtins,
-    load_config,
-    reloadable_changes,
 )
-from kvfs.errors import ConfigError, KvfsError, MountpointError
+from kvfs.errors import MountpointError
 from kvfs.metrics import prometheus_text
-from kvfs.mount import services
 from kvfs.mount.control_dir import PROBE, ControlDirectory
 from kvfs.mount.invalidate import Invalidator
+from kvfs.mount.node import FINAL_FLUSH_S, Node, notify_systemd, prepare_process
 from kvfs.mount.operations import Operations
 from kvfs.mount.passthrough import Channel, Passthrough, is_preloaded
-from kvfs.mount.server import ControlServer, socket_path_for
-from kvfs.mount.session import detach, set_up_logging, umount2
-from kvfs.mount.tiering import Tiering
-from kvfs.mount.verbs import Verbs
-from kvfs.seal import ignore_lease_breaks
-from kvfs.store import Store
-from kvfs.tier import Tier
-from kvfs.views import Views
-from kvfs.volume import check_capacity, open_volume
+from kvfs.mount.server import socket_path_for
+from kvfs.mount.session import detach, umount2
+from kvfs.tier import MOST_WAITING
 
 log = logging.getLogger(__name__)
 
 READ_AHEAD_KIB = 1024
-FINAL_FLUSH_S = 60.0
-# Enough for the 1 MiB requests of many readers; what is above waits in the kernel.
-MAX_FUSE_TASKS = 64
+# Enough for the 1 MiB requests of many readers, besides those that wait for slower tiers; what is
+# above waits in the kernel.
+FUSE_TASKS = 64
 # mallopt(3): keep freed memory up to here, and take no mapping of its own for a 1 MiB answer.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 64 << 20
@@ -66,10 +53,8 @@ def run(
     on_ready: Callable[[], None] = lambda: None,
 ) -> int:  # fmt: skip
     """Serve until unmounted. Raises KvfsError when it cannot start; the exit status otherwise."""
-    set_up_logging(config.mount.log_level)
-    ignore_lease_breaks()
+    prepare_process(config.mount.log_level)
     keep_freed_memory()
-    raise_descriptor_limit()
     trio.run(Daemon(mountpoint, config, forget_tiers, on_ready).serve)
     return 0
 
@@ -83,17 +68,12 @@ class Daemon:
     ) -> None:  # fmt: skip
         self.mountpoint = mountpoint
         self._on_ready = on_ready
-        self.volume = open_volume(config, forget_tiers)
-        self.store = Store(self.volume)
-        socket_path = socket_path_for(mountpoint)
-        self.store.attributes.socket_path = str(socket_path)
-        self.views = Views(self.store, str(mountpoint), str(socket_path))
-        self.tiering = Tiering(self.store, self.views)
-        self.server = ControlServer(
-            socket_path, Verbs(self.store, self.views, self.tiering, self.reload)
-        )
-        self.invalidator = Invalidator()
+        self.node = Node(config, socket_path_for(mountpoint), mountpoint, forget_tiers)
+        self.volume, self.store, self.views = self.node.volume, self.node.store, self.node.views
+        self.invalidator = Invalidator(self.volume.counters)
         self.volume.name_changed = self.invalidator.name_changed
+        self.volume.attributes_changed = self.invalidator.attributes_changed
+        self.volume.names_told = self.invalidator.told
         self.passthrough = Passthrough()
         self.views.data_path = self.passthrough.describe
         self._channel: Channel | None = None
@@ -115,14 +95,15 @@ class Daemon:
         """From recovery to the last flush."""
         clean = False
         try:
-            await self.store.recovery.before_serving()
-            self._mount()
-            try:
-                await self._serve_mounted()
-                clean = True
-            finally:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(detach, self.mountpoint)
+            with self.volume.damage_told():
+                await self.store.recovery.before_serving()
+                self._mount()
+                try:
+                    await self._serve_mounted()
+                    clean = True
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(detach, self.mountpoint)
         finally:
             with trio.CancelScope(shield=True):
                 await self._finish(clean=clean)
@@ -165,29 +146,22 @@ class Daemon:
     async def _serve_mounted(self) -> None:
         try:
             async with trio.open_nursery() as nursery:
-                self._start_services(nursery)
-                await nursery.start(self.server.run)
+                nursery.start_soon(self.invalidator.run)
+                self.node.start_services(nursery)
+                await nursery.start(self.node.server.run)
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self._announce)
                 if self._channel is not None:
                     nursery.start_soon(self._channel.finish)
-                await pyfuse3.main(min_tasks=2, max_tasks=MAX_FUSE_TASKS)
+                await pyfuse3.main(min_tasks=2, max_tasks=self._most_tasks())
                 nursery.cancel_scope.cancel()
         finally:
             pyfuse3.close(unmount=False)
 
-    def _start_services(self, nursery: trio.Nursery) -> None:
-        store = self.store
-        nursery.start_soon(self.invalidator.run)
-        nursery.start_soon(store.sealer.run)
-        nursery.start_soon(self.tiering.run)
-        nursery.start_soon(services.flush_heat, store)
-        nursery.start_soon(services.settle_intents, store)
-        nursery.start_soon(services.expire, store)
-        nursery.start_soon(services.watch_tiers, store)
-        nursery.start_soon(services.checkpoint, self.volume)
-        if self.volume.unclean and not self.volume.rebuild:
-            nursery.start_soon(store.recovery.reconcile)
+    def _most_tasks(self) -> int:
+        """So many that requests which wait for slower tiers leave some for the fastest."""
+        slower = sum(not tier.inline for tier in self.volume.tiers)
+        return FUSE_TASKS + MOST_WAITING * slower
 
     async def _announce(self) -> None:
         """Ready means that the mount answers, not that it was made.
@@ -243,7 +217,7 @@ class Daemon:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 if number == signal.SIGHUP:
-                    self._reload_on_signal()
+                    self.node.reload_on_signal()
                 else:
                     await self._unmount()
 
@@ -257,69 +231,17 @@ class Daemon:
             await trio.to_thread.run_sync(detach, self.mountpoint)
             pyfuse3.terminate()
 
-    def reload(self) -> tuple[list[str], list[str]]:
-        """Read the configuration file again; what changed now, and what needs a remount."""
-        old = self.volume.config
-        path = Path(old.source)
-        if not path.is_file():
-            raise ConfigError("mounted without a configuration file: there is nothing to reload")
-        new = load_config(path)
-        check_config(new, self.mountpoint)
-        changed = self._changed_tiers(new)
-        applied, needs_remount = reloadable_changes(old, new)
-        for opened, config in changed:
-            opened.reconfigure(config)
-            self.volume.space[opened.index].capacity_bytes = config.capacity_bytes
-        tiers = tuple(tier.config for tier in self.volume.tiers)
-        self.volume.config = msgspec.structs.replace(old, tiering=new.tiering, tier=tiers)
-        self.volume.accesses.half_life_s = new.tiering.half_life_s
-        self.tiering.reconfigure()
-        log.info("reloaded %s: applied %s", path, ", ".join(applied) or "nothing")
-        if needs_remount:
-            log.warning("these need a remount: %s", ", ".join(needs_remount))
-        return applied, needs_remount
-
-    def _changed_tiers(self, new: Config) -> list[tuple[Tier, TierConfig]]:
-        """The mounted tiers with their new limits, checked. Paths and media stay."""
-        by_name = {tier.name: tier for tier in new.tier}
-        changed = []
-        for opened in self.volume.tiers:
-            if opened.name not in by_name:
-                continue
-            config = msgspec.structs.replace(
-                by_name[opened.name], path=opened.config.path, medium=opened.config.medium
-            )
-            # A remote mount that hangs must not stop the loop; it was checked when mounted.
-            if not opened.remote:
-                check_capacity(config)
-            changed.append((opened, config))
-        return changed
-
-    def _reload_on_signal(self) -> None:
-        try:
-            self.reload()
-        except KvfsError as error:
-            log.error("not reloaded: %s", error)
-
     async def _finish(self, *, clean: bool) -> None:
         """What was promised and can still be done, within a bound."""
         notify_systemd("STOPPING=1")
+        closed = False
         try:
-            with trio.move_on_after(FINAL_FLUSH_S) as scope:
-                await self.operations.close_all()
-                await self.store.sealer.seal_pending()
-                with self.volume.tolerate("the last flush of the heat"):
-                    await services.flush_once(self.store)
-                for tier in self.volume.tiers:
-                    if tier.online:
-                        await services.settle(self.store, tier)
-            clean = clean and not scope.cancelled_caught
-        except BaseException:
-            clean = False
-            raise
+            with trio.move_on_after(FINAL_FLUSH_S):
+                if not self.volume.damaged:
+                    await self.operations.close_all()
+                closed = True
         finally:
-            self.volume.close(clean=clean)
-            log.info("stopped")
+            await self.node.finish(clean=clean and closed)
 
 
 def keep_freed_memory() -> None:
@@ -331,13 +253,6 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def raise_descriptor_limit() -> None:
-    """Every open block takes a descriptor: as many as the system lets a process have."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
 def raise_read_ahead(mountpoint: Path) -> None:
     """Let the kernel ask for 1 MiB at once instead of 128 KiB; only root may say so."""
     device = os.stat(mountpoint).st_dev
@@ -346,15 +261,3 @@ def raise_read_ahead(mountpoint: Path) -> None:
         setting.write_text(str(READ_AHEAD_KIB))
     except OSError as error:
         log.info("read-ahead stays small, buffered reads are slower: %s", error)
-
-
-def notify_systemd(state: str) -> None:
-    """sd_notify(3), when a supervisor asked for it."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notifier:
-        notifier.connect(address)
-        notifier.sendall(state.encode())

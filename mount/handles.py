@@ -88,7 +88,7 @@ class Handles:
     async def _read_whole(self, handle: Handle, block: OpenBlock, size: int) -> bytes:
         if block.tier.remote and not block.fetched:
             return await self._blocks.read(block, 0, size)
-        length = os.fstat(block.descriptor).st_size
+        length = block.length_bytes()
         rest = length - size
         if not 0 < rest <= AHEAD_BLOCK_BYTES or self._ahead_bytes + rest > AHEAD_TOTAL_BYTES:
             return await self._blocks.read(block, 0, size)

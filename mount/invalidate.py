@@ -12,26 +12,48 @@ import logging
 import pyfuse3
 import trio
 
+from kvfs.errors import reason_of
+from kvfs.metrics import Counters
+
 log = logging.getLogger(__name__)
 
 QUEUE_NAMES = 65_536
 BATCH_NAMES = 256
 
+# A name in its directory, an inode (its attributes), or what is set once those before were told.
+Item = tuple[int, bytes] | int | trio.Event
+
 
 class Invalidator:
     """Owned by the trio loop; the calls happen in one thread."""
 
-    def __init__(self) -> None:
-        self._send, self._receive = trio.open_memory_channel[tuple[int, bytes]](QUEUE_NAMES)
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._send, self._receive = trio.open_memory_channel[Item](QUEUE_NAMES)
         self._limiter = trio.CapacityLimiter(1)
-        self.dropped = 0
 
     def name_changed(self, parent: int, name: bytes) -> None:
         """A name appeared or went without the kernel having asked. Commit first."""
         try:
             self._send.send_nowait((parent, name))
         except trio.WouldBlock:
-            self.dropped += 1
+            self._counters.count("invalidations_failed", reason="queue")
+
+    def attributes_changed(self, inode: int) -> None:
+        """The attributes of an inode are others without the kernel having asked. Commit first."""
+        try:
+            self._send.send_nowait(inode)
+        except trio.WouldBlock:
+            self._counters.count("invalidations_failed", reason="queue")
+
+    async def told(self) -> None:
+        """Return when the kernel knows of every change so far, or cannot be told."""
+        event = trio.Event()
+        try:
+            self._send.send_nowait(event)
+        except trio.WouldBlock:
+            return
+        await event.wait()
 
     async def run(self) -> None:
         """Tell the kernel."""
@@ -42,17 +64,33 @@ class Invalidator:
                     batch.append(self._receive.receive_nowait())
                 except trio.WouldBlock:
                     break
-            await trio.to_thread.run_sync(
-                invalidate, batch, limiter=self._limiter, abandon_on_cancel=True
+            told = [item for item in batch if not isinstance(item, trio.Event)]
+            failed = await trio.to_thread.run_sync(
+                invalidate, told, limiter=self._limiter, abandon_on_cancel=True
             )
+            for reason in failed:
+                self._counters.count("invalidations_failed", reason=reason)
+            for item in batch:
+                if isinstance(item, trio.Event):
+                    item.set()
 
 
-def invalidate(names: list[tuple[int, bytes]]) -> None:
-    """Drop dentries, positive or negative. A name that the kernel does not know is fine."""
-    for parent, name in names:
+def invalidate(items: list[tuple[int, bytes] | int]) -> list[str]:
+    """Drop dentries, positive or negative, and attributes; the reasons of those that failed.
+
+    What the kernel does not know is fine.
+    """
+    failed = []
+    for item in items:
         try:
-            pyfuse3.invalidate_entry(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
+            if isinstance(item, int):
+                pyfuse3.invalidate_inode(pyfuse3.InodeT(item), attr_only=True)
+            else:
+                parent, name = item
+                pyfuse3.invalidate_entry(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
         except FileNotFoundError:
             continue
         except OSError as error:
-            log.debug("invalidating %r in %d: %s", name, parent, error)
+            log.debug("invalidating %r: %s", item, error)
+            failed.append(reason_of(error))
+    return failed

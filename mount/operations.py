@@ -24,12 +24,13 @@ from kvfs.errors import (
     NotPermitted,
     errno_of,
     is_expected,
+    reason_of,
 )
 from kvfs.mount.control_dir import CONTROL_INODE, ControlDirectory
+from kvfs.mount.data_path import DataPath
 from kvfs.mount.handles import Handle, Handles
 from kvfs.mount.inodes import InodeTable
 from kvfs.mount.passthrough import BACKING_ID_SHIFT, Passthrough
-from kvfs.open_block import OpenBlock
 from kvfs.rows import ROOT_INODE, Inode, Kind
 from kvfs.store import Store
 
@@ -38,9 +39,9 @@ log = logging.getLogger(__name__)
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 STATFS_BLOCK_BYTES = 4096
-# What registering says of a filesystem that lies too deep, or has no such files.
-NOT_STACKABLE = frozenset({errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM})
 LISTING_BATCH = 256
+# What an engine is told of trouble, rather than of what it asked for.
+FAILURES = frozenset({errno.EIO, errno.EROFS, errno.EDQUOT})
 # Directory cookies: 1 and 2 are "." and "..", then inode + 2; inodes start at 1.
 DOT, DOT_DOT, COOKIE_SHIFT = 1, 2, 2
 
@@ -58,9 +59,10 @@ def answered(handler: Handler) -> Handler:
             number = errno_of(error)
             if not is_expected(error):
                 log.exception("%s failed", handler.__name__)
-                self.store.volume.counters.count("handler_failures")
-            elif number == errno.EIO:
-                log.error("%s: %s", handler.__name__, error)
+                self.store.volume.counters.count("handler_failures", reason="bug")
+            elif number in FAILURES:
+                reason, text = reason_of(error), f"{handler.__name__}: {error}"
+                self.store.volume.incidents.note("requests_failed", text, reason=reason)
             raise pyfuse3.FUSEError(number) from None
 
     return wrapper  # type: ignore[return-value] # the wrapper has the handler's signature
@@ -77,10 +79,9 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.store = store
         self.control = control
-        self.passthrough = passthrough
+        self.data_path = DataPath(store.blocks, passthrough)
         # A registered file with the probe's token; 0: the daemon answers the probe.
         self.probe_id = 0
-        self._unstackable: set[int] = set()
         self.inodes = InodeTable()
         self.handles = Handles(store.blocks)
         self._options = store.volume.config.mount
@@ -308,9 +309,8 @@ class Operations(pyfuse3.Operations):
             info = await self._open(found.id, flags, ctx.uid)
             return info, self._given(self.store.namespace.get(found.id) or found)
         self.store.namespace.directory_changed(parent)
-        block.mode = "served"
         fh = self.handles.add(Handle(block, writer=True))
-        return pyfuse3.FileInfo(fh=fh), self._given(inode)
+        return self.data_path.answer(block, fh, writer=True), self._given(inode)
 
     @answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> Any:
@@ -318,6 +318,7 @@ class Operations(pyfuse3.Operations):
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise self.control.refuse()
             fh = self.handles.add(Handle(snapshot=self.control.content(inode)))
+            self.store.volume.counters.count("opens_control")
             if self.control.is_probe(inode):
                 return pyfuse3.FileInfo(fh=fh | self.probe_id << BACKING_ID_SHIFT)
             return pyfuse3.FileInfo(fh=fh, direct_io=True)
@@ -331,43 +332,10 @@ class Operations(pyfuse3.Operations):
             if counted and uid not in self.store.volume.config.tiering.quiet_uids:
                 self.store.volume.accesses.touch(inode, self.store.volume.clock.now_s())
             fh = self.handles.add(Handle(block))
-            if self._goes_past(block):
-                return pyfuse3.FileInfo(fh=fh | block.backing_id << BACKING_ID_SHIFT)
-            # A sealed block never changes, so what the kernel has of it stays good.
-            return pyfuse3.FileInfo(fh=fh, keep_cache=not block.writers)
+            return self.data_path.answer(block, fh, writer=False)
         block = await blocks.open_writer(inode, truncate=bool(flags & os.O_TRUNC))
         fh = self.handles.add(Handle(block, writer=True))
-        if block.mode == "passthrough":
-            # The kernel takes one way per inode: a writer joins the readers that are there.
-            block.unseen = True
-            return pyfuse3.FileInfo(fh=fh | block.backing_id << BACKING_ID_SHIFT)
-        block.mode = "served"
-        return pyfuse3.FileInfo(fh=fh)
-
-    def _goes_past(self, block: OpenBlock) -> bool:
-        """Whether a reader's bytes go past the daemon; decided by the first open of the block."""
-        if not block.mode:
-            local = not block.tier.remote and not block.fetched
-            wanted = self.passthrough.active and local and not block.writers
-            block.mode = "passthrough" if wanted and self._register(block) else "served"
-        if block.mode == "served":
-            self.store.volume.counters.count("opens_served")
-            return False
-        self.store.volume.counters.count("opens_passthrough")
-        return True
-
-    def _register(self, block: OpenBlock) -> bool:
-        if block.tier.index in self._unstackable:
-            return False
-        try:
-            block.backing_id = self.passthrough.register(block.descriptor)
-        except OSError as error:
-            if error.errno in NOT_STACKABLE:
-                self._unstackable.add(block.tier.index)
-                log.warning("tier %s is not passed through: %s", block.tier.name, error)
-            return False
-        block.unregister = self.passthrough.unregister
-        return True
+        return self.data_path.answer(block, fh, writer=True)
 
     @answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -451,3 +419,4 @@ class Operations(pyfuse3.Operations):
                 tolerated = self.store.volume.tolerate("closing what was open")
                 with tolerated, trio.CancelScope(shield=True):
                     await self.store.blocks.close(handle.block, writer=handle.writer)
+        self.store.blocks.idle.clear()

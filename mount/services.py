@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -11,7 +12,7 @@ import trio
 from kvfs import heat, scans
 from kvfs.accesses import Pending
 from kvfs.catalog import BATCH_ROWS, LOG_BYTES, Catalog
-from kvfs.errors import BlockBusy, BlockNotFound, TierError
+from kvfs.errors import BlockBusy, BlockNotFound, TierError, reason_of
 from kvfs.store import Store
 from kvfs.tier import Tier
 from kvfs.volume import Volume
@@ -19,12 +20,14 @@ from kvfs.volume import Volume
 log = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
+GROWTH_S = 0.5
 TRIM_GHOSTS_EVERY = 60
 CHECKPOINT_SECONDS = 5
 SETTLE_S = 5.0
 EXPIRE_S = 2.0
 EXPIRE_BLOCKS = 5000
 PROBE_S = 5.0
+TIDY_S = 60.0
 
 
 async def flush_heat(store: Store) -> None:
@@ -36,7 +39,7 @@ async def flush_heat(store: Store) -> None:
             await flush_once(store)
             flushes += 1
             if flushes % TRIM_GHOSTS_EVERY == 0:
-                store.volume.catalog.trim_ghosts(store.volume.config.tiering.ghosts)
+                store.volume.catalog.ghosts.trim(store.volume.config.tiering.ghosts)
 
 
 async def flush_once(store: Store) -> None:
@@ -46,7 +49,7 @@ async def flush_once(store: Store) -> None:
     """
     volume = store.volume
     while times := store.namespace.directory_times(BATCH_ROWS):
-        with volume.catalog.transaction():
+        with volume.catalog.transaction("flush_times"):
             for directory, changed_ns in times:
                 volume.catalog.update(directory, mtime_ns=changed_ns, ctime_ns=changed_ns)
         store.namespace.directory_times_flushed(times)
@@ -64,7 +67,7 @@ async def flush_once(store: Store) -> None:
 
 def _merge_heat(volume: Volume, entries: list[tuple[int, Pending]], now_s: float) -> None:
     half_life_s = volume.config.tiering.half_life_s
-    with volume.catalog.transaction():
+    with volume.catalog.transaction("flush_heat"):
         for inode, pending in entries:
             stored = volume.catalog.tau_of(inode)
             if stored is None:
@@ -72,6 +75,17 @@ def _merge_heat(volume: Volume, entries: list[tuple[int, Pending]], now_s: float
             tau = heat.touch(stored, pending.tau, half_life_s)
             tau = heat.clamp(tau, now_s, half_life_s)
             volume.catalog.set_tau(inode, tau, int(pending.last_s * 1e9))
+
+
+async def account_unseen(store: Store) -> None:
+    """Follow files that grow past the daemon."""
+    while True:
+        await trio.sleep(GROWTH_S)
+        store.blocks.growth.account_unseen()
+        for tier in store.volume.tiers:
+            if tier.inline and tier.online:
+                with contextlib.suppress(OSError, TierError):
+                    await store.blocks.relief.measure(tier)
 
 
 async def checkpoint(volume: Volume) -> None:
@@ -106,19 +120,31 @@ def _checkpoint(catalog: Catalog) -> int:
 
 async def settle_intents(store: Store) -> None:
     """Carry out promised removals and renames, per tier, so that a slow one delays no other."""
-    while True:
-        with trio.move_on_after(SETTLE_S):
-            await store.volume.settling_due.wait()
-        store.volume.settling_due = trio.Event()
-        async with trio.open_nursery() as nursery:
+    busy: set[Tier] = set()
+    asked: set[Tier] = set()
+
+    async def work(tier: Tier) -> None:
+        await settle(store, tier)
+        busy.discard(tier)
+        if tier in asked:
+            asked.discard(tier)
+            store.volume.settling_due.set()
+
+    async with trio.open_nursery() as nursery:
+        while True:
+            with trio.move_on_after(SETTLE_S):
+                await store.volume.settling_due.wait()
+            store.volume.settling_due = trio.Event()
+            asked.update(tier for tier in busy if tier.online)
             for tier in store.volume.tiers:
-                if tier.online:
-                    nursery.start_soon(settle, store, tier)
+                if tier.online and tier not in busy:
+                    busy.add(tier)
+                    nursery.start_soon(work, tier)
 
 
 async def settle(store: Store, tier: Tier) -> None:
     """What fails stays promised."""
-    with store.volume.tolerate(f"tier {tier.name}: what is promised"):
+    with store.volume.tolerate("what is promised", tier.name):
         await store.replicas.settle(tier)
 
 
@@ -135,8 +161,9 @@ async def expire_once(store: Store) -> None:
     expired, forgotten = await trio.to_thread.run_sync(_find_expired, store)
     for inode in expired:
         try:
-            store.replicas.evict(inode, asked=True)
-        except (BlockBusy, BlockNotFound, OSError):
+            store.replicas.evict(inode, reason="ttl")
+        except (BlockBusy, BlockNotFound, OSError) as error:
+            store.volume.counters.count("evictions_skipped", reason=reason_of(error))
             continue
         store.volume.counters.count("ttl_expired")
     for inode in forgotten:
@@ -174,21 +201,47 @@ def remove_temporary(store: Store, number: int) -> None:
 
 
 async def watch_tiers(store: Store) -> None:
-    """Bring tiers back that failed, when a probe succeeds."""
+    """Bring tiers back that failed or take nothing new, when a probe succeeds, and notice remote
+    ones that fail before an engine does."""
+    async with trio.open_nursery() as nursery:
+        for tier in store.volume.tiers:
+            nursery.start_soon(_watch, store, tier)
+
+
+async def _watch(store: Store, tier: Tier) -> None:
+    while True:
+        with contextlib.suppress(OSError, TierError):
+            await store.blocks.relief.measure(tier)
+        await trio.sleep(min(PROBE_S, tier.config.deadline_s))
+        if tier.health.shown != "online":
+            was_online = tier.online
+            await tier.examine()
+            if tier.online and not was_online:
+                await _catch_up(store, tier)
+        elif tier.remote:
+            # What it answers goes into its health.
+            with contextlib.suppress(OSError, TierError):
+                await tier.run(tier.check_present)
+
+
+async def _catch_up(store: Store, tier: Tier) -> None:
+    """A tier is back: what was left to do on it."""
+    store.volume.settling_due.set()
+    with store.volume.tolerate("looking for what is not sealed"):
+        store.sealer.scan()
+    if tier in store.recovery.unwalked:
+        await store.recovery.walk(tier)
+
+
+async def tidy_quarantine(store: Store) -> None:
+    """What is too old or too much leaves the quarantines."""
+    while True:
+        await trio.sleep(TIDY_S)
+        await store.quarantine.run_once()
+
+
+async def tell_incidents(volume: Volume) -> None:
+    """What was held back in the log for a while."""
     while True:
         await trio.sleep(PROBE_S)
-        async with trio.open_nursery() as nursery:
-            for tier in store.volume.tiers:
-                if tier.state != "online":
-                    nursery.start_soon(_revive, store, tier)
-
-
-async def _revive(store: Store, tier: Tier) -> None:
-    with trio.move_on_after(tier.config.deadline_s):
-        try:
-            await trio.to_thread.run_sync(tier.probe, limiter=tier.limiter, abandon_on_cancel=True)
-        except (OSError, TierError) as error:
-            tier.last_error = str(error)
-            return
-        tier.mark_online()
-        store.volume.settling_due.set()
+        volume.incidents.tell()

@@ -10,6 +10,8 @@ import logging
 import os
 import pickle
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -20,10 +22,13 @@ from kvfs.config import Config, check_config
 from kvfs.control import ControlClient, find_mount, kvfs_mountpoints
 from kvfs.errors import KvfsError, MountpointError, NotPermitted, exit_code_of
 from kvfs.mount.passthrough import preload
+from kvfs.tier_lock import has_ended
 
 MNT_FORCE, MNT_DETACH = 1, 2
 POLL_S = 0.02
 DYING_POLLS = 250
+CONNECT_TIMEOUT_S = 5.0
+_CREDENTIALS = struct.Struct("iII")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -35,11 +40,12 @@ def umount2(mountpoint: Path, flags: int) -> None:
         raise OSError(number, os.strerror(number), str(mountpoint))
 
 
-def detach(mountpoint: Path) -> None:
-    """Take the mount away whoever uses it; fine when there is none."""
+def detach(mountpoint: Path, *, dead: bool = False) -> None:
+    """Take the mount away whoever uses it; fine when there is none. Requests to a `dead` one are
+    not waited for any more."""
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
-            umount2(mountpoint, MNT_DETACH)
+            umount2(mountpoint, MNT_DETACH | (MNT_FORCE if dead else 0))
     else:
         subprocess.run(
             ["fusermount3", "-uz", mountpoint], check=False, capture_output=True, timeout=30
@@ -51,7 +57,7 @@ def check_mountpoint(mountpoint: Path) -> None:
     if is_dead(mountpoint):
         if mountpoint not in kvfs_mountpoints():
             raise MountpointError(f"{mountpoint}: a dead mount that is not of kvfs; unmount it")
-        detach(mountpoint)
+        detach(mountpoint, dead=True)
     if not mountpoint.exists():
         raise MountpointError(f"{mountpoint}: no such directory; create it first")
     if not mountpoint.is_dir():
@@ -64,6 +70,8 @@ def check_mountpoint(mountpoint: Path) -> None:
 
 def is_dead(mountpoint: Path) -> bool:
     """A mount whose daemon is gone. stat could still be answered from the kernel's cache."""
+    if mountpoint in kvfs_mountpoints() and _is_left_over(mountpoint):
+        return True
     for _ in range(DYING_POLLS):
         try:
             os.listdir(mountpoint)
@@ -75,6 +83,21 @@ def is_dead(mountpoint: Path) -> bool:
         else:
             return False
     return True
+
+
+def _is_left_over(mountpoint: Path) -> bool:
+    """Whether the daemon was killed while one of its calls hangs: it keeps the mount, and nobody
+    answers there. So the mount is not asked, but the socket, which knows who made it."""
+    from kvfs.mount.server import socket_path_for
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        try:
+            client.settimeout(CONNECT_TIMEOUT_S)
+            client.connect(os.fspath(socket_path_for(mountpoint)))
+            peer = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        except OSError:
+            return False
+    return has_ended(_CREDENTIALS.unpack(peer)[0])
 
 
 def mount_foreground(mountpoint: Path, config: Config, *, forget_tiers: tuple[str, ...]) -> int:
@@ -152,7 +175,7 @@ def unmount(mountpoint: Path, *, force: bool, timeout_s: float) -> None:
     if mountpoint not in kvfs_mountpoints():
         raise MountpointError(f"{mountpoint}: kvfs is not mounted there")
     if is_dead(mountpoint):
-        detach(mountpoint)
+        detach(mountpoint, dead=True)
         return
     pid = _daemon_pid(mountpoint)
     _unmount_once(mountpoint, force)
@@ -191,18 +214,12 @@ def _daemon_pid(mountpoint: Path) -> int | None:
 
 def _wait_for_end(pid: int, timeout_s: float, mountpoint: Path) -> None:
     for _ in _until(timeout_s):
-        if not Path(f"/proc/{pid}").exists() or _is_zombie(pid):
+        if has_ended(pid):
             return
     raise MountpointError(
         f"{mountpoint}: unmounted, but after {timeout_s:g} s the daemon (pid {pid}) still serves "
         f"open files or writes; it ends with them, or at once with `kill {pid}`"
     )
-
-
-def _is_zombie(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return True
 
 
 def _until(timeout_s: float) -> Iterator[None]:

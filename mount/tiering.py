@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from kvfs.budget import Budget, DailyBudget, available_bytes
-from kvfs.errors import BlockBusy, BlockNotFound, TierFull, is_expected
+from kvfs.errors import BlockBusy, BlockNotFound, TierFull, is_expected, reason_of
 from kvfs.policy import Move, Plan, plan
 from kvfs.scans import Survey, snapshot
 from kvfs.store import Store
@@ -113,18 +113,25 @@ class Tiering:
                 counters.count("moves_unwanted")
                 return
             moved = await self.store.mover.execute(move, lambda: self._still_wanted(move))
-        except (BlockBusy, BlockNotFound, TierFull, FileNotFoundError):
-            counters.count("moves_overtaken")
+        except (BlockBusy, BlockNotFound, TierFull, FileNotFoundError) as error:
+            counters.count("moves_overtaken", reason=reason_of(error), tier=self._name(move))
         except Exception as error:
             if not is_expected(error):
                 raise
-            counters.count("moves_failed")
             self._remember_failed(move.inode)
             path = self.store.volume.catalog.path_of(move.inode)
-            log.error("%s of %r failed: %s", move.kind, os.fsdecode(path or b"?"), error)
+            self.store.volume.incidents.note(
+                "moves_failed", f"{move.kind} of {os.fsdecode(path or b'?')!r} failed: {error}",
+                reason=reason_of(error), tier=self._name(move),
+            )  # fmt: skip
         else:
             if move.kind == "promote" and move.target is not None:
                 self._spend(move.target, moved)
+
+    def _name(self, move: Move) -> str:
+        """The tier that a move goes to, or that it is on."""
+        index = move.source if move.target is None else move.target
+        return self.store.volume.tiers[index].name
 
     def _remember_failed(self, inode: int) -> None:
         if len(self._failed_at_s) >= FAILED_REMEMBERED:
@@ -157,7 +164,7 @@ class Tiering:
         # A plan displaces hot blocks only by hotter ones; one that became hot since stays.
         account = volume.space[move.source]
         low, _ = volume.config.tiering.watermarks(volume.tiers[move.source].config)
-        return not hot or account.taken_bytes > low * account.capacity_bytes
+        return not hot or account.taken_bytes > low * account.planned_bytes
 
     def as_documents(self, made: Plan) -> list[dict[str, Any]]:
         """The moves of a plan for people."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ import trio
 from kvfs import heat, layout, scans
 from kvfs.config import config_to_builtins
 from kvfs.control import Request
+from kvfs.credentials import READ, SEARCH, WRITE
 from kvfs.errors import (
     BlockNotFound,
     InvalidOperation,
@@ -23,7 +23,10 @@ from kvfs.errors import (
     TierFull,
     UsageError,
 )
-from kvfs.fsck import check_online
+from kvfs.mount import arguments
+from kvfs.mount.checks import Checks
+from kvfs.mount.lease_verbs import LeaseVerbs
+from kvfs.mount.peers import Answer, Peer, Report
 from kvfs.mount.tiering import Tiering
 from kvfs.rows import ROOT_INODE, BlockState, Inode, Kind
 from kvfs.store import Store
@@ -32,20 +35,11 @@ from kvfs.views import Views
 
 log = logging.getLogger(__name__)
 
-Report = Callable[[dict[str, Any]], Awaitable[None]]
 SEAL_WAIT_S = 30.0
 MAX_LISTED = 5000
 PAGE_BLOCKS = 1000
 PARALLEL_MOVES = 4
 MAX_SKIPS_REPORTED = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who asks, as the kernel says."""
-
-    uid: int
-    gid: int
 
 
 @dataclass(slots=True)
@@ -80,14 +74,24 @@ class Verbs:
         self.tiering = tiering
         self._reload = reload
         self._draining = trio.Lock()
+        checks = Checks(store)
+        self._lease_verbs = LeaseVerbs(store)
+        self._others = {
+            "fsck": checks.fsck, "scrub": checks.scrub, "quarantine": checks.quarantine,
+            **self._lease_verbs.verbs,
+        }  # fmt: skip
 
-    async def call(self, peer: Peer, request: Request, report: Report) -> dict[str, Any]:
-        """The result of a request. Raises KvfsError; KeyError, TypeError for bad arguments."""
-        handler = getattr(self, f"_verb_{request.verb}", None)
+    async def call(self, peer: Peer, request: Request, report: Report) -> Answer:
+        """The answer to a request. Raises KvfsError; KeyError, TypeError for bad arguments."""
+        handler = self._others.get(request.verb) or getattr(self, f"_verb_{request.verb}", None)
         if handler is None:
             raise InvalidOperation(f"unknown verb {request.verb!r}: use one kvfs version")
-        result: dict[str, Any] = await handler(peer, request.args, report)
-        return result
+        result: dict[str, Any] | Answer = await handler(peer, request.args, report)
+        return result if isinstance(result, Answer) else Answer(result)
+
+    async def farewell(self, peer: Peer) -> None:
+        """A connection is closed."""
+        await self._lease_verbs.farewell(peer)
 
     # --- reading
 
@@ -102,15 +106,17 @@ class Verbs:
         return config_to_builtins(self.store.volume.config)
 
     async def _verb_info(self, peer: Peer, args: dict[str, Any], report: Report) -> dict[str, Any]:
-        inode, path = self._at(args["path"])
+        inode, path = self._seen(peer, args["path"])
         return self.views.describe(inode, path, why=True)
 
     async def _verb_ls(self, peer: Peer, args: dict[str, Any], report: Report) -> dict[str, Any]:
-        inode, path = self._at(args["path"])
+        inode, path = self._seen(peer, args["path"])
         if inode.kind == Kind.BLOCK:
             return {"entries": [self._listed(inode, path)], "next": None}
-        limit = min(int(args.get("limit") or PAGE_BLOCKS), MAX_LISTED)
-        rows = self.store.namespace.children(inode.id, int(args.get("after") or 0), limit)
+        if not peer.may(inode, READ):
+            raise NotPermitted(f"{os.fsdecode(path)}: you may not list it")
+        limit = arguments.number(args, "limit", PAGE_BLOCKS, MAX_LISTED)
+        rows = self.store.namespace.children(inode.id, arguments.number(args, "after"), limit)
         entries = [self._listed(child, layout.join(path, name)) for name, child in rows]
         return {"entries": entries, "next": rows[-1][1].id if len(rows) == limit else None}
 
@@ -118,14 +124,14 @@ class Verbs:
         return {"name": layout.split(path)[1], **self.views.describe(inode, path)}
 
     async def _verb_heat(self, peer: Peer, args: dict[str, Any], report: Report) -> dict[str, Any]:
-        root, _ = self._at(args.get("path") or b"")
-        limit = min(int(args.get("limit") or 20), MAX_LISTED)
+        root, _ = self._seen(peer, args.get("path") or b"")
+        limit = arguments.number(args, "limit", 20, MAX_LISTED)
         coldest = bool(args.get("coldest"))
         numbers = await trio.to_thread.run_sync(self._by_heat, root.id, coldest, limit)
         blocks = []
         for number in numbers:
             inode, path = self.store.namespace.get(number), self._path(number)
-            if inode is not None and path is not None:
+            if inode is not None and path is not None and self._may_reach(peer, number):
                 blocks.append(self._listed(inode, path))
         return {"blocks": blocks}
 
@@ -142,9 +148,10 @@ class Verbs:
     # --- orders
 
     async def _verb_pin(self, peer: Peer, args: dict[str, Any], report: Report) -> dict[str, Any]:
-        value = (args.get("tier") or "1").encode()
-        if args.get("tier"):
-            target = self.store.volume.tier_named(args["tier"])
+        tier = arguments.name(args, "tier")
+        value = (tier or "1").encode()
+        if tier:
+            target = self.store.volume.tier_named(tier)
             for path in args["paths"]:
                 inode, _ = self._may_change(peer, path)
                 if inode.kind == Kind.BLOCK:
@@ -166,7 +173,9 @@ class Verbs:
         touched = 0
         now_s = self.store.volume.clock.now_s()
         for path in args["paths"]:
-            inode, _ = self._at(path)
+            inode, _ = self._seen(peer, path)
+            if not peer.may(inode, READ):
+                raise NotPermitted(f"{os.fsdecode(path)}: you may not read it")
             touched += self.store.volume.accesses.touch(inode.id, now_s)
         return {"touched": touched}
 
@@ -189,7 +198,7 @@ class Verbs:
         return {"evicted": answer.pop("moved"), **answer}
 
     def _target(self, args: dict[str, Any]) -> Tier | None:
-        name = args.get("to")
+        name = arguments.name(args, "to")
         return self.store.volume.tier_named(name) if name else None
 
     async def _promote(self, number: int, target: Tier | None) -> int:
@@ -246,7 +255,7 @@ class Verbs:
             return await self.store.mover.copy(number, source, target, "demote")
 
     async def _evict(self, number: int, target: Tier | None) -> int:
-        return self.store.replicas.evict(number, asked=True)
+        return self.store.replicas.evict(number, reason="asked")
 
     def _fastest(self, number: int) -> Tier:
         readable = self.store.replicas.readable(number)
@@ -267,7 +276,7 @@ class Verbs:
 
         async def work() -> None:
             for number in queue:
-                await self._one(number, action, target, outcome)
+                await self._one(number, action, target, outcome, peer)
                 if failure:
                     return
                 try:
@@ -285,9 +294,13 @@ class Verbs:
 
     async def _one(
         self, number: int, action: Callable[[int, Tier | None], Awaitable[int]],
-        target: Tier | None, outcome: Outcome,
+        target: Tier | None, outcome: Outcome, peer: Peer | None = None,
     ) -> None:  # fmt: skip
+        """One block; `peer` is who orders it, if the order was not for one block alone."""
         try:
+            inode = self.store.volume.catalog.get(number)
+            if peer is not None and inode is not None and not peer.may(inode, WRITE):
+                raise NotPermitted("you may not write it")
             await self._wait_sealed(number)
             size = await action(number, target)
         except (KvfsError, OSError) as error:
@@ -328,7 +341,7 @@ class Verbs:
         self, peer: Peer, args: dict[str, Any], report: Report
     ) -> dict[str, Any]:
         if not args.get("dry_run"):
-            self._require_owner(peer)
+            peer.require_owner()
             self.store.volume.request_tiering()
         planned = await self.tiering.plan()
         return {
@@ -341,7 +354,7 @@ class Verbs:
         self, peer: Peer, args: dict[str, Any], report: Report
     ) -> dict[str, Any]:
         """Give every block of a tier a replica elsewhere, then drop it there. Resumable."""
-        self._require_owner(peer)
+        peer.require_owner()
         tier = self.store.volume.tier_named(args["name"])
         others = [t for t in self.store.volume.tiers if t is not tier and t.accepts]
         if not others:
@@ -389,21 +402,9 @@ class Verbs:
     async def _verb_reload(
         self, peer: Peer, args: dict[str, Any], report: Report
     ) -> dict[str, Any]:
-        self._require_owner(peer)
+        peer.require_owner()
         applied, needs_remount = self._reload()
         return {"applied": applied, "needs_remount": needs_remount}
-
-    async def _verb_fsck(self, peer: Peer, args: dict[str, Any], report: Report) -> dict[str, Any]:
-        self._require_owner(peer)
-
-        async def progress(done: int, total: int) -> None:
-            await report({"done": done, "total": total, "bytes": 0, "path": b""})
-
-        result = await check_online(self.store, repair=bool(args.get("repair")), progress=progress)
-        return {
-            "findings": [finding.as_document() for finding in result.findings],
-            "checked": result.checked,
-        }
 
     # --- helpers
 
@@ -414,21 +415,30 @@ class Verbs:
             raise BlockNotFound(f"{os.fsdecode(path)}: no such block or directory")
         return self.store.namespace.current(inode), path
 
+    def _seen(self, peer: Peer, path: bytes) -> tuple[Inode, bytes]:
+        """`_at`, for somebody who would find it in the mount too."""
+        inode, path = self._at(path)
+        if not self._may_reach(peer, inode.id):
+            raise NotPermitted(f"{os.fsdecode(path)}: you may not search the directories above")
+        return inode, path
+
+    def _may_reach(self, peer: Peer, number: int) -> bool:
+        catalog = self.store.volume.catalog
+        while entry := catalog.entry(number):
+            number = entry[0]
+            row = catalog.get(number)
+            if row is None or not peer.may(row, SEARCH):
+                return False
+        return True
+
     def _path(self, number: int) -> bytes | None:
         return self.store.volume.catalog.path_of(number)
 
     def _may_change(self, peer: Peer, path: bytes) -> tuple[Inode, bytes]:
-        inode, path = self._at(path)
-        if peer.uid in (0, os.geteuid(), inode.uid):
-            return inode, path
-        group = peer.gid == inode.gid and inode.mode & stat.S_IWGRP
-        if not group and not inode.mode & stat.S_IWOTH:
+        inode, path = self._seen(peer, path)
+        if peer.uid != inode.uid and not peer.may(inode, WRITE):
             raise NotPermitted(f"{os.fsdecode(path)}: you may not write it")
         return inode, path
-
-    def _require_owner(self, peer: Peer) -> None:
-        if peer.uid not in (0, os.geteuid()):
-            raise NotPermitted("only root and the user of the daemon may do this")
 
 
 def _moved(outcome: Outcome) -> dict[str, Any]:

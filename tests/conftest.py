@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from kvfs.config import Config, MountConfig, TierConfig, TieringConfig
+from kvfs.seal import ignore_lease_breaks
 from tests.mounting import MountedKvfs
 
 settings.register_profile(
@@ -24,6 +25,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("kvfs")
+# As every daemon does: one that a test runs in threads of its own shares the process's signals.
+ignore_lease_breaks()
 
 MIB = 1 << 20
 

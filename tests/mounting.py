@@ -55,6 +55,10 @@ def toml_of(config: Config) -> str:
             f"capacity = {tier.capacity_bytes}",
             f'deadline = "{tier.deadline_s:g}s"',
         ]
+        if tier.durability is not None:
+            lines.append(f'durability = "{tier.durability}"')
+        if tier.compress != "none":
+            lines.append(f'compress = "{tier.compress}"')
     tiering = config.tiering
     lines += [
         "[tiering]",
@@ -67,9 +71,14 @@ def toml_of(config: Config) -> str:
         f'on_full = "{tiering.on_full}"',
         f'tmp_ttl = "{format_duration(tiering.tmp_ttl_s)}"',
         f"quiet_uids = {list(tiering.quiet_uids)}",
+        f'verify = "{tiering.verify}"',
+        f"scrub_rate = {tiering.scrub_rate}",
+        f'unfinished = "{tiering.unfinished}"',
         "[mount]",
         f'passthrough = "{config.mount.passthrough}"',
     ]
+    if config.mount.catalog is not None:
+        lines.append(f'catalog = "{config.mount.catalog}"')
     return "\n".join(lines) + "\n"
 
 

@@ -22,15 +22,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvfs.errors import KvfsError, TierError, exit_code_of
+from kvfs.gpu.probe import probe
 from kvfs.tools import bench_scale
+from kvfs.tools.bench_codec import CodecRow, codec_table, measure_codec
+from kvfs.tools.bench_gpu import measure_gpu
+from kvfs.tools.bench_hang import HangRow, hang_table, measure_hang
 from kvfs.tools.bench_load import Share, Workers, shares_of, wall_s
 from kvfs.tools.bench_mounts import (
+    FLOOR,
+    FLOOR_COMMAND,
     PEERS,
     Target,
     kvfs_mount,
     peer_mount,
     scratch_directory,
 )
+from kvfs.tools.bench_onboard import OnboardRow, measure_onboarding, onboard_table
 from kvfs.tools.bench_report import (
     RAW,
     Operation,
@@ -40,6 +47,7 @@ from kvfs.tools.bench_report import (
     document,
     speed_table,
 )
+from kvfs.tools.bench_verify import CheckRow, checks_table, measure_checks
 from kvfs.tools.render import json_text, show
 from kvfs.units import format_size
 
@@ -100,7 +108,7 @@ class Bench:
         for size in (LARGE, SMALL):
             count = max(row.count for row in rows if (row.block_bytes or SMALL) == size)
             for target in self._targets:
-                if target.name not in PEERS:
+                if target.keeps_blocks:
                     (target.directory / str(size)).mkdir()
                     self._workers.run(shares_of("put", block_paths(target, size, count), 1, size))
                     self._settle(target, count)
@@ -180,10 +188,13 @@ def run_rounds(
         for position, samples in enumerate(results):
             shift = (turn + position) % len(targets)
             for target in (*targets[shift:], *targets[:shift]):
+                if not target.does(samples.operation.loop):
+                    continue
                 progress(f"round {turn + 1}/{rounds}: {samples.operation.title}, {target.name}")
                 samples.add(target.name, bench.sample(samples.operation, target))
     for samples in results:
-        samples.by_target = {t.name: samples.by_target[t.name] for t in targets}
+        measured = samples.by_target
+        samples.by_target = {t.name: measured[t.name] for t in targets if t.name in measured}
     return results
 
 
@@ -210,6 +221,9 @@ def targets_below(root: Path, say: Callable[[str], None]) -> Iterator[list[Targe
             peer = root / name
             pid = stack.enter_context(peer_mount(command, raw, peer))
             targets.append(Target(name, peer, raw, pid))
+        floor = root / FLOOR
+        pid = stack.enter_context(peer_mount(FLOOR_COMMAND, raw, floor))
+        targets.append(Target(FLOOR, floor, raw, pid))
         yield targets
 
 
@@ -244,7 +258,8 @@ def run_bench(
         Progress(*columns, console=console, disable=not console.is_terminal) as bar,
     ):
         facts = {"rounds": rounds, **machine_facts(root)}
-        task = bar.add_task("writing blocks", total=rounds * len(rows) * len(targets))
+        steps = sum(target.does(row.loop) for row in rows for target in targets)
+        task = bar.add_task("writing blocks", total=rounds * steps)
         bench = Bench(targets, workers)
         bench.prepare(rows)
         results = run_rounds(
@@ -254,11 +269,18 @@ def run_bench(
     return results, {**facts, "load_after": round(os.getloadavg()[0], 2)}
 
 
-def print_results(results: Sequence[Samples], facts: Mapping[str, Any]) -> None:
+def print_results(
+    results: Sequence[Samples], checks: Sequence[CheckRow], codec: Sequence[CodecRow],
+    hang: Sequence[HangRow], onboarding: Sequence[OnboardRow], facts: Mapping[str, Any],
+) -> None:  # fmt: skip
     typer.echo("Speed as a ratio to raw, higher is faster\n")
     show(speed_table(results))
-    typer.echo("")
-    show(cpu_table(results))
+    more = [checks_table(checks), codec_table(codec), onboard_table(onboarding)]
+    if hang:
+        more.append(hang_table(hang))
+    for view in (cpu_table(results), *more):
+        typer.echo("")
+        show(view)
     typer.echo("\nmedians; " + ", ".join(f"{name} {value}" for name, value in facts.items()))
 
 
@@ -282,16 +304,26 @@ def main(
         bench_scale.main(scratch=scratch, json_file=json_file)
         return
     console = Console(stderr=True, markup=False, highlight=False)
+    rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     try:
-        results, facts = run_bench(
-            scratch, rounds or (QUICK_ROUNDS if quick else ROUNDS), quick=quick, console=console
-        )
+        results, facts = run_bench(scratch, rounds, quick=quick, console=console)
+        checks = measure_checks(scratch, rounds)
+        codec = measure_codec(rounds)
+        hang = measure_hang(scratch, rounds)
+        onboarding = measure_onboarding(scratch, rounds)
+        if probe().usable:
+            onboarding += measure_gpu(scratch, rounds)
     except KvfsError as error:
         sys.stderr.write(f"bench: {error}\n")
         raise typer.Exit(exit_code_of(error)) from None
-    print_results(results, facts)
+    print_results(results, checks, codec, hang, onboarding, facts)
     if json_file is not None:
-        json_file.write_text(json_text(document(results, facts)) + "\n")
+        figures = document(results, facts)
+        figures |= {"checks": [row.document() for row in checks]}
+        figures |= {"codec": [row.document() for row in codec]}
+        figures |= {"hang": [row.document() for row in hang]}
+        figures |= {"onboarding": [row.document() for row in onboarding]}
+        json_file.write_text(json_text(figures) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ MERGERFS = (
     "mergerfs", "-f", "-o", "cache.files=off,category.create=ff", "{source}", "{mountpoint}",
 )  # fmt: skip
 PEERS = {command[0]: command for command in (BINDFS, MERGERFS)}
+# What a round trip through pyfuse3 costs by itself: only for loops that are nothing else.
+FLOOR = "pyfuse3"
+FLOOR_COMMAND = (sys.executable, "-m", "kvfs.tools.bench_floor", "{source}", "{mountpoint}")
+FLOOR_LOOPS = frozenset({"access_unknown", "open_close"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,15 @@ class Target:
     directory: Path
     backing: Path
     pid: int | None = None
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether it has blocks of its own; the others show those of the raw directory."""
+        return self.directory == self.backing or self.name == "kvfs"
+
+    def does(self, loop: str) -> bool:
+        """Whether a loop can be run on it."""
+        return self.name != FLOOR or loop in FLOOR_LOOPS
 
     def daemon_cpu_s(self) -> float:
         """CPU time of the process that serves it."""

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from kvfs.catalog import Catalog
 from kvfs.errors import KvfsError, exit_code_of
-from kvfs.rows import ROOT_INODE, BlockState, Inode, Kind
+from kvfs.rows import GOOD, ROOT_INODE, BlockState, Inode, Kind, Replica
 from kvfs.tools.bench_mounts import (
     kvfs_mount,
     process_cpu_s,
@@ -122,7 +122,7 @@ class Filler:
         """A directory in its own transaction; its number."""
         number = self._next
         self._next += 1
-        with self._catalog.transaction():
+        with self._catalog.transaction("benchmark"):
             self._catalog.insert_inode(
                 Kind.DIRECTORY, 0o755, 0, 0, int(self._now_s * 1e9), inode=number
             )
@@ -137,7 +137,7 @@ class Filler:
         tiers = (self._tiers["nvme"], self._tiers["hdd"])
         columns = ", ".join("?" * len(Inode._fields))
         write = self._catalog.connection.executemany
-        with self._catalog.transaction():
+        with self._catalog.transaction("benchmark"):
             write(f"INSERT INTO inode VALUES ({columns})", (
                 (number, Kind.BLOCK, 0o644, 0, 0, size_bytes, now_ns, now_ns, now_ns, 1,
                  BlockState.SEALED, number.to_bytes(16, "big"), None, None)
@@ -146,8 +146,10 @@ class Filler:
             write("INSERT INTO dirent VALUES (?, ?, ?)", (
                 (number, directory, name) for number, name in zip(numbers, names, strict=True)
             ))  # fmt: skip
-            write("INSERT INTO replica VALUES (?, ?, ?, 0, 0, ?)", (
-                (number, tiers[bool(number % first_every)], size_bytes, self._tau(number))
+            columns = ", ".join("?" * len(Replica._fields))
+            write(f"INSERT INTO replica VALUES ({columns})", (
+                Replica(number, tiers[bool(number % first_every)], size_bytes, GOOD, 0,
+                        self._tau(number), verified=0, mtime_ns=0)
                 for number in numbers
             ))  # fmt: skip
 

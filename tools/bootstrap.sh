@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what kvfs needs and does not find: system packages with apt-get, .venv, kvfs itself with
-# its development tools. Run by `make setup`; does nothing where everything is there.
+# its development tools. Run by `make setup`; does nothing where everything is there. With --tests
+# also the programs that only the tests run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,7 +22,12 @@ find_python() {
 
 # One Debian package a line.
 missing_packages() {
-    local python=$1
+    local python=$1 for_tests=$2
+    if [ "$for_tests" = --tests ]; then
+        command -v fio >/dev/null || echo fio
+        command -v rsync >/dev/null || echo rsync
+        command -v mkfs.ext4 >/dev/null || echo e2fsprogs
+    fi
     command -v fusermount3 >/dev/null || echo fuse3
     command -v setfattr >/dev/null || echo attr
     command -v pkg-config >/dev/null || echo pkg-config
@@ -76,7 +82,7 @@ build_venv() {
 
 stamp=.venv/kvfs-setup-stamp
 python=$(find_python)
-mapfile -t packages < <(missing_packages "$python")
+mapfile -t packages < <(missing_packages "$python" "${1:-}")
 if [ "${#packages[@]}" -gt 0 ]; then
     install_packages "${packages[@]}"
     python=$(find_python)
@@ -84,4 +90,8 @@ if [ "${#packages[@]}" -gt 0 ]; then
 fi
 if ! venv_works || ! fingerprint | cmp -s - "$stamp"; then
     build_venv "$python"
+fi
+if [ "${1:-}" = --tests ] && ! .venv/bin/python -c 'import kvikio' 2>/dev/null; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/gpu/requirements.txt ||
+        echo "setup: no kvikio: the tests with the stub driver are skipped" >&2
 fi

@@ -226,6 +226,7 @@ def demo(
     trace: Annotated[Path | None, typer.Option(help="Mooncake-format trace; else a chat.")] = None,
     full: Annotated[bool, typer.Option("--full", help="All requests, however long.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the scratch directory.")] = False,
+    hold: Annotated[bool, typer.Option("--hold", help="Stay mounted until Enter.")] = False,
     scratch_parent: Annotated[Path | None, typer.Option("--scratch", help="Where to work.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
@@ -244,8 +245,10 @@ def demo(
         requests, source = generated_chat(), "generated chat"
     with scratch_directory(scratch_parent, keep=keep) as scratch, mounted(scratch):
         report = play(scratch, requests, settings, source)
-    passed = report.passed and report.bytes_compared > 0
-    print_report(report, passed=passed)
+        passed = report.passed and report.bytes_compared > 0
+        print_report(report, passed=passed)
+        if hold:
+            input(f"mounted at {scratch.mountpoint} until you press Enter ")
     if json_file is not None:
         json_file.write_text(json_text(report.document()) + "\n")
     if not passed:

@@ -14,12 +14,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from kvfs.config import TierConfig
+from kvfs.errors import DeviceError
+from kvfs.gpu.probe import Probe, probe, prove
 from kvfs.layout import IDENTITY_FILE, STAGING_DIR
 from kvfs.units import format_size
 
@@ -28,6 +31,7 @@ FUSE_CONF = Path("/etc/fuse.conf")
 CAP_SYS_ADMIN = 21
 PASSTHROUGH_KERNEL = (6, 9)
 IMPORT_TIMEOUT_S = 30.0
+GPU_READ_BYTES = 4 << 20
 
 State = Literal["ok", "warn", "fail"]
 
@@ -49,8 +53,10 @@ def host_findings() -> list[Finding]:
         fusermount(),
         pyfuse3_import(),
         kernel(os.uname().release),
+        extension(),
         privileges(),
         *allow_other(FUSE_CONF, os.geteuid()),
+        gpu(probe()),
     ]
 
 
@@ -126,6 +132,28 @@ def kernel(release: str) -> Finding:
     return Finding("kernel", "ok", f"Linux {release}")
 
 
+def extension() -> Finding:
+    """Whether the part is built that hands files to the kernel."""
+    if find_spec("kvfs.mount._reply") is not None:
+        return Finding("passthrough extension", "ok", "built")
+    return Finding(
+        "passthrough extension", "warn", "kvfs.mount._reply is not built",
+        "every byte goes through the daemon, several times slower",
+        "install libfuse3-dev, pkg-config and gcc, then install kvfs anew",
+    )  # fmt: skip
+
+
+def data_path(mounted: dict[str, Any]) -> Finding:
+    """What the mount found out about itself when it began."""
+    if mounted["passthrough"]:
+        return Finding("data path", "ok", "bytes go past the daemon (passthrough)")
+    return Finding(
+        "data path", "warn", f"bytes go through the daemon: {mounted['reason']}",
+        "large reads and writes are several times slower",
+        "mount as root on Linux 6.9 or newer, with tiers on ext4 or xfs, without --passthrough=off",
+    )  # fmt: skip
+
+
 def privileges(process_status: Path = Path("/proc/self/status")) -> Finding:
     """Whether this process may mount without a helper."""
     match = re.search(r"^CapEff:\s*([0-9a-f]+)$", process_status.read_text(), re.MULTILINE)
@@ -155,6 +183,40 @@ def allow_other(conf: Path, euid: int) -> list[Finding]:
     return [Finding("allow_other", "warn", f"not permitted by {conf}", cost, remedy)]
 
 
+def gpu(answer: Probe) -> Finding:
+    """Which way blocks can go into a GPU of this machine, if it has one."""
+    if not answer.usable:
+        detail = f"none: {answer.problem}"
+        if not answer.cuda:
+            return Finding("gpu", "ok", f"{detail}; engines load blocks into the host's memory")
+        cost = "engines here cannot load blocks into the GPU"
+        return Finding("gpu", "warn", detail, cost, "see docs/GPU.md: install, container")
+    names = f"{', '.join(answer.devices)}, CUDA {answer.cuda}"
+    if answer.compat:
+        cost = "blocks go to the GPU through the host's memory"
+        detail = f"{names}: {answer.compat_because}"
+        return Finding("gpu", "warn", detail, cost, "see docs/GPU.md: what GDS needs")
+    return Finding("gpu", "ok", f"{names}, cuFile {answer.cufile}")
+
+
+def gpu_route(check: str, path: Path) -> Finding:
+    """Which way a file of this tier takes into GPU 0, told by reading one."""
+    name = f"{check}: gpu"
+    with tempfile.NamedTemporaryFile(dir=path) as file:
+        file.write(os.urandom(GPU_READ_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            route = prove(file.fileno(), GPU_READ_BYTES, 0)
+        except DeviceError as error:
+            cost = "engines here cannot load blocks into the GPU"
+            return Finding(name, "warn", str(error), cost, "see docs/GPU.md")
+    if route.kind in ("gds", "p2pdma"):
+        return Finding(name, "ok", f"{route.kind}: {route.why}")
+    cost = "its blocks go to the GPU through the host's memory"
+    return Finding(name, "warn", f"{route.kind}: {route.why}", cost, "see docs/GPU.md: filesystems")
+
+
 def tier_findings(tier: TierConfig) -> list[Finding]:
     """Everything about one tier's directory."""
     check = f"tier {tier.name}"
@@ -175,29 +237,31 @@ def tier_findings(tier: TierConfig) -> list[Finding]:
 def _abilities(check: str, path: Path) -> Iterator[Finding]:
     """What the filesystem can do, tried in a scratch directory that is gone afterwards."""
     # It brings trio along, which no other verb needs.
-    from kvfs.tier import probe_filesystem
+    from kvfs.identity import probe_filesystem
 
     staging = path / os.fsdecode(STAGING_DIR)
     parent = staging if staging.is_dir() else path
     with tempfile.TemporaryDirectory(prefix=".kvfs-doctor-", dir=parent) as scratch:
         (Path(scratch) / os.fsdecode(STAGING_DIR)).mkdir(parents=True)
-        probe = probe_filesystem(Path(scratch))
+        abilities = probe_filesystem(Path(scratch))
+        if probe().usable:
+            yield gpu_route(check, Path(scratch))
     yield Finding(check, "ok", f"{path} is writable")
     yield _ability(
         f"{check}: O_DIRECT",
-        probe.o_direct,
+        abilities.o_direct,
         "copies fill the page cache and push out what engines need",
         "use ext4 or xfs for local tiers",
     )
     yield _ability(
         f"{check}: xattrs",
-        probe.xattrs,
+        abilities.xattrs,
         "seal records live in sidecar files: a rebuild of the catalog is slower",
         "mount it with user_xattr, or use ext4 or xfs",
     )
     yield _ability(
         f"{check}: leases",
-        probe.leases,
+        abilities.leases,
         "kvfs serves writes itself there, and cannot see writers that bypass it",
         "use ext4 or xfs; own the directory, or have CAP_LEASE",
     )

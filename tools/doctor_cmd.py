@@ -13,7 +13,7 @@ from rich.text import Text
 from kvfs.config import TierConfig, load_config
 from kvfs.control import kvfs_mountpoints
 from kvfs.errors import UsageError
-from kvfs.tools.doctor_checks import Finding, host_findings, tier_findings
+from kvfs.tools.doctor_checks import Finding, data_path, host_findings, tier_findings
 from kvfs.tools.mounts import ask, socket_of
 from kvfs.tools.render import print_json, show
 
@@ -37,7 +37,11 @@ def doctor(
 ) -> None:
     """Check this machine and the tiers. Exit 1 if something prevents mounting."""
     findings = host_findings()
-    for tier in _tiers(mountpoint, config):
+    stats = _statistics(mountpoint, config)
+    if stats is not None:
+        findings.append(data_path(stats["data_path"]))
+    tiers = load_config(config).tier if config else map(_tier_of, (stats or {}).get("tiers", ()))
+    for tier in tiers:
         findings += tier_findings(tier)
     can_mount = all(finding.state != "fail" for finding in findings)
     if as_json:
@@ -48,15 +52,13 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _tiers(mountpoint: Path | None, config: Path | None) -> tuple[TierConfig, ...]:
-    if config is not None:
-        if mountpoint is not None:
-            raise UsageError("a mountpoint and --config exclude each other")
-        return load_config(config).tier
-    if mountpoint is None and len(kvfs_mountpoints()) != 1:
-        return ()
-    stats = ask(socket_of(mountpoint), "status")
-    return tuple(map(_tier_of, stats["tiers"]))
+def _statistics(mountpoint: Path | None, config: Path | None) -> dict[str, Any] | None:
+    """What the mount says of itself, where one is asked for or there is only one."""
+    if config is not None and mountpoint is not None:
+        raise UsageError("a mountpoint and --config exclude each other")
+    if config is not None or (mountpoint is None and len(kvfs_mountpoints()) != 1):
+        return None
+    return ask(socket_of(mountpoint), "status")
 
 
 def _tier_of(tier: dict[str, Any]) -> TierConfig:

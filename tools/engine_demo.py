@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,8 @@ from kvfs.errors import KvfsError, UsageError, exit_code_of
 from kvfs.tools.engine_runner import HOME, Engine, EngineRun, Progress, make_environment, make_model
 
 PROMPT_TOKENS = 1512
-BLOCKS = 47  # of 32 tokens
+BLOCK_TOKENS = 32
+BLOCKS = 47
 LOADED_TOKENS = 1504
 FILES = BLOCKS + 1  # with the config.json that vLLM writes beside its blocks
 
@@ -85,6 +86,7 @@ class Mount:
         self.mountpoint = scratch / "mnt"
         self.tiers = {name: scratch / name for name in ("nvme", "hdd")}
         self._config = scratch / "kvfs.toml"
+        self._prompt = scratch / "prompt.json"
         self._log = scratch / "kvfs.log"
         self._mounted = False
         for directory in (self.mountpoint, *self.tiers.values()):
@@ -135,11 +137,18 @@ class Mount:
         replicas: list[str] = self._kvfs_json("info", path)["replicas"]
         return replicas
 
+    def match(self, prompt: Sequence[int]) -> dict[str, Any]:
+        """What kvfs finds of a prompt by names that it computes itself."""
+        self._prompt.write_text(json.dumps(prompt))
+        namespace = next(self.mountpoint.glob("*_r0"), self.mountpoint)
+        options = ("--scheme", "vllm-sha256", "--block-tokens", str(BLOCK_TOKENS))
+        return self._kvfs_json("match", self._prompt, "--namespace", namespace, *options)
+
     def tier_count(self, tier: str, key: str) -> int:
         return next(int(each[key]) for each in self.status()["tiers"] if each["name"] == tier)
 
-    def _kvfs_json(self, verb: str, path: Path) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads(self._kvfs(verb, path, "--json"))
+    def _kvfs_json(self, verb: str, path: Path, *options: str | Path) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self._kvfs(verb, path, *options, "--json"))
         return document
 
     def _kvfs(self, *arguments: str | Path) -> str:
@@ -207,6 +216,14 @@ def check_placement(step: str, mount: Mount) -> list[Check]:
     ]
 
 
+def check_match(step: str, found: Mapping[str, Any], tier: str) -> Check:
+    """The names that kvfs computes from the prompt are those that the engine gave its files."""
+    expected = f"{BLOCKS} of {BLOCKS} blocks, {tier} {BLOCKS}"
+    tiers = ", ".join(f"{row['tier']} {row['blocks']}" for row in found["tiers"])
+    seen = f"{found['hit_blocks']} of {found['blocks']} blocks, {tiers}"
+    return equal(step, "kvfs match of the prompt", expected, seen)
+
+
 def directory_demo(engine: Engine, directory: Path) -> list[Check]:
     """The engine alone on a plain directory: what the mount has to equal."""
     first = engine.run("run 1", directory)
@@ -221,12 +238,14 @@ def mount_demo(engine: Engine, mount: Mount) -> list[Check]:
     checks: list[Check] = []
     first = engine.run("run 1", mount.mountpoint)
     checks += check_store("run 1, empty mount", first)
+    checks.append(check_match("run 1, empty mount", mount.match(first.prompt), "nvme"))
     before = mount.tier_count("nvme", "opens")
     second = engine.run("run 2", mount.mountpoint)
     checks += check_load("run 2, blocks on nvme", second, first)
     checks.append(check_opens("run 2, blocks on nvme", mount, "nvme", before))
     mount.demote("hdd")
     checks += check_placement("after kvfs demote", mount)
+    checks.append(check_match("after kvfs demote", mount.match(first.prompt), "hdd"))
     mount.umount()
     mount.mount()
     before = mount.tier_count("hdd", "opens")

@@ -62,6 +62,7 @@ class EngineRun(msgspec.Struct, frozen=True):
 
     exit_status: int
     rss_bytes: int
+    prompt: tuple[int, ...] = ()
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: tuple[int, ...] = ()

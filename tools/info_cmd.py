@@ -36,6 +36,12 @@ FIRST_FIELDS = (
     "last_access",
     "why",
 )
+# What the mode of an open block means.
+OPEN_TEXTS = {
+    "passthrough": "yes, its bytes go past the daemon (passthrough)",
+    "served": "yes, served by the daemon",
+    None: "yes, by the daemon itself",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -71,16 +77,25 @@ def described(block: dict[str, Any]) -> dict[str, RenderableType]:
         "kind": str(block["kind"]),
         "size": size_text(block.get("size_bytes")),
         "tier": str(block.get("tier") or UNKNOWN),
-        "replicas": ", ".join(block.get("replicas") or ()) or UNKNOWN,
+        "replicas": ", ".join(_replicas(block)) or UNKNOWN,
         "state": state_text(str(block.get("state") or UNKNOWN)),
         "heat": heat_text(block.get("heat")),
         "last access": ago_text(block.get("last_access")),
         "pinned": pin_text(block["pinned"], block.get("pin")),
         "ttl": UNKNOWN if ttl_s is None else format_duration(ttl_s),
+        "open": OPEN_TEXTS[block.get("mode")] if block.get("open") else "no",
         "generation": count_text(block.get("generation")),
         "checksum": block.get("checksum") or UNKNOWN,
         "why": block.get("why") or UNKNOWN,
     }
+
+
+def _replicas(block: dict[str, Any]) -> list[str]:
+    """Tiers, and how one has the block that is compressed."""
+    return [
+        name if codec == "raw" else f"{name} ({codec})"
+        for name, codec in zip(block["replicas"], block["codecs"], strict=True)
+    ]
 
 
 def pin_text(pinned: bool, pin: str | None) -> str:

@@ -1,19 +1,18 @@
 """`kvfs match`: how much of a prompt is cached in an engine's directory of a mount, and where.
 
-Owns the verb's options and its report. Names are made by `kvfs.prefix`; the mount says what is
-there.
+Owns the verb's options and its report. Names are made by `kvfs.prefix`; the client library asks
+what is there.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +20,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kvfs import layout
+from kvfs.client import Client
 from kvfs.control import Mount, find_mount
 from kvfs.errors import UsageError
 from kvfs.prefix import (
@@ -35,7 +35,6 @@ from kvfs.prefix import (
 )
 from kvfs.tools.render import UNKNOWN, count_text, name_text, print_json, show, table
 
-TIER_XATTR = "user.kvfs.tier"
 STDIN = "-"
 # Of a prompt of ten million tokens.
 MAX_TOKENS_FILE_BYTES = 64 << 20
@@ -273,23 +272,16 @@ class Found:
 def look_up(scheme: Scheme, namespace: Path, tokens: list[int]) -> Found:
     """Ask for the blocks of a prompt in order, up to the first that is not there."""
     names = [scheme.file_name(key) for key in scheme.keys(tokens)]
-    tiers = tuple(leading_tiers(namespace, names))
+    tiers = leading_tiers(namespace, names)
     missing = names[len(tiers)] if len(tiers) < len(names) else None
     return Found(len(tokens), len(names), scheme.file_tokens, tiers, missing)
 
 
-def leading_tiers(namespace: Path, names: Iterable[bytes]) -> Iterator[str | None]:
-    """The fastest tier of each block, up to the first name that does not exist.
+def leading_tiers(namespace: Path, names: Sequence[bytes]) -> tuple[str | None, ...]:
+    """The fastest tier of each block, up to the first name that is none or cannot be read now.
 
-    Asking changes no heat. Of a block that the caller may not read the tier is not known.
+    Asking changes no heat. Where the daemon cannot be asked, the tier of a block that the caller
+    may not read is not known.
     """
-    directory = os.fsencode(namespace)
-    for name in names:
-        try:
-            yield os.fsdecode(os.getxattr(layout.join(directory, name), TIER_XATTR))
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.ENODATA):
-                raise
-            yield None
+    with Client(namespace) as client:
+        return client.lookup(names).tiers

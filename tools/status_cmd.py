@@ -21,6 +21,7 @@ from kvfs.control import SOCKET_ENV, kvfs_mountpoints
 from kvfs.errors import KvfsError, UsageError
 from kvfs.tools.mounts import ask, socket_of
 from kvfs.tools.render import (
+    ago_text,
     console,
     count_text,
     fits,
@@ -44,7 +45,7 @@ STATE_NOTES = {
 # Events that an operator should not learn about from an engine.
 ALARMING_EVENTS = {
     "checksum_mismatches": "copies did not match their checksum and were dropped: check the disks",
-    "quarantined": "replicas were set aside as damaged: see .kvfs/quarantine on the tiers",
+    "quarantined": "files were set aside as damaged or unknown: `kvfs quarantine` lists them",
     "replicas_lost": "replicas were gone from their tier: run `kvfs fsck`",
     "refused_full": "writes were refused because no tier had room: raise a capacity or evict",
     "handler_failures": "requests failed by a fault of kvfs: its log has the tracebacks",
@@ -149,6 +150,12 @@ def problems(stats: dict[str, Any]) -> list[str]:
         over = claimed_bytes(tier) - tier["capacity_bytes"]
         if over > 0:
             found.append(f"tier {tier['name']} is {size_text(over)} over its capacity")
+        room_bytes = tier.get("room_bytes", tier["capacity_bytes"])
+        if room_bytes < tier["capacity_bytes"]:
+            found.append(
+                f"tier {tier['name']} has room for {size_text(room_bytes)} of its "
+                f"{size_text(tier['capacity_bytes'])}: others fill its disk"
+            )
     if tiers and stats["on_full"] == "refuse" and claimed_bytes(tiers[-1]) >= _nearly_full(tiers):
         found.append("the last tier is full and on_full is refuse: new blocks will get ENOSPC")
     if stats["state"] in STATE_NOTES:
@@ -161,8 +168,13 @@ def problems(stats: dict[str, Any]) -> list[str]:
 
 
 def claimed_bytes(tier: dict[str, Any]) -> int:
-    """What counts against the capacity: used, reserved and held bytes."""
-    return int(tier["used_bytes"] + tier["reserved_bytes"] + tier["held_bytes"])
+    """What counts against the capacity: used, reserved and held bytes, and the quarantine."""
+    return int(tier["used_bytes"]) + set_apart_bytes(tier)
+
+
+def set_apart_bytes(tier: dict[str, Any]) -> int:
+    """What counts against the capacity and is no replica."""
+    return int(tier["reserved_bytes"] + tier["held_bytes"] + tier["quarantine_bytes"])
 
 
 def _nearly_full(tiers: list[dict[str, Any]]) -> float:
@@ -185,13 +197,48 @@ def status_view(stats: dict[str, Any]) -> Group:
     parts += [Text(f"! {problem}", style="bold red") for problem in problems(stats)]
     parts += [Text(), _tier_table(stats["tiers"]), Text(), *_traffic_view(stats["tiers"])]
     parts += [Text(), *_moves_view(stats["moves"])]
+    tiers = stats["tiers"]
+    lines = (*_compression_lines(tiers), *_quarantine_lines(tiers), *_scrub_lines(stats))
+    parts += [Text(line) for line in lines]
     return Group(*parts)
+
+
+def _compression_lines(tiers: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"compression on {tier['name']} saves {size_text(tier['saved_bytes'])}"
+        for tier in tiers
+        if tier["saved_bytes"]
+    ]
+
+
+def _quarantine_lines(tiers: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"quarantine of {tier['name']}: {count_text(tier['quarantine_files'])} files, "
+        f"{size_text(tier['quarantine_bytes'])}"
+        for tier in tiers
+        if tier["quarantine_files"]
+    ]
+
+
+def _scrub_lines(stats: dict[str, Any]) -> list[str]:
+    """How far scrubs are; nothing of tiers that were never scrubbed."""
+    lines = []
+    for progress in stats["scrub"]["passes"]:
+        if not progress["started_s"]:
+            continue
+        how = f"{count_text(progress['blocks'])} blocks, {count_text(progress['bad'])} bad"
+        if progress["finished_s"]:
+            how += f", finished {ago_text(progress['finished_s'])}"
+        else:
+            how += ", under way" if stats["scrub"]["at"] == progress["tier"] else ", not finished"
+        lines.append(f"scrub of {progress['tier']}: {how}")
+    return lines
 
 
 def _tier_table(tiers: list[dict[str, Any]]) -> Table:
     view = table("Tier", "Medium", "State", "Usage", ">Used", ">Capacity", ">Blocks", ">Hits")
     for tier in tiers:
-        claimed = tier["reserved_bytes"] + tier["held_bytes"]
+        claimed = set_apart_bytes(tier)
         view.add_row(
             tier["name"],
             tier["medium"],

@@ -22,6 +22,7 @@ from kvfs.tools.render import (
     usage_bar,
     warn,
 )
+from kvfs.tools.status_cmd import set_apart_bytes
 
 Mountpoint = Annotated[
     Path | None, typer.Argument(metavar="MOUNTPOINT", help="Default: the only mount.")
@@ -50,15 +51,19 @@ def list_tiers(mountpoint: Mountpoint = None, as_json: AsJson = False) -> None:
 
 def _tier_table(tiers: list[dict[str, Any]], *bar: str) -> Table:
     """On a narrow terminal the path is worth more than the bar."""
-    view = table("Tier", "Medium", "State", *bar, ">Used", ">Capacity", ">Blocks", "Path")
+    # Seldom anything: it would only push the paths out.
+    aside = [">Quarantine"] if any(tier["quarantine_files"] for tier in tiers) else []
+    sizes = (">Used", *aside, ">Capacity", ">Blocks")
+    view = table("Tier", "Medium", "State", *bar, *sizes, "Path")
     for tier in tiers:
-        claimed = tier["reserved_bytes"] + tier["held_bytes"]
+        claimed = set_apart_bytes(tier)
         view.add_row(
             tier["name"],
             tier["medium"],
             state_text(tier["state"]),
             *([usage_bar(tier["used_bytes"], claimed, tier["capacity_bytes"])] if bar else []),
             size_text(tier["used_bytes"]),
+            *([size_text(tier["quarantine_bytes"])] if aside else []),
             size_text(tier["capacity_bytes"]),
             count_text(tier["blocks"]),
             name_text(tier["path"]),
@@ -74,7 +79,7 @@ def init(
 ) -> None:
     """Make PATH a tier. An empty directory needs no init: `kvfs mount` does it."""
     # It brings trio along, which no other verb needs.
-    from kvfs.tier import init_tier
+    from kvfs.identity import init_tier
 
     identity = init_tier(path.absolute(), adopt=adopt)
     then = "; the next mount takes over what lies there" if adopt else ""

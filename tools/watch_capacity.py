@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -71,13 +70,14 @@ def _file_bytes(entry: os.DirEntry[str]) -> int:
         return 0
 
 
-def watch(directories: Sequence[str], interval_s: float, stop: threading.Event) -> Watch:
-    """Sample every `interval_s` until `stop` is set, and once more after it."""
+def watch(directories: Sequence[str], interval_s: float, ended: Callable[[float], bool]) -> Watch:
+    """Sample every `interval_s`, and once more after `ended`, which waits so long, says so."""
     state = Watch([TierPeak(path) for path in directories])
-    while not stop.is_set():
+    wait_s = 0.0
+    while not ended(wait_s):
         next_s = time.monotonic() + interval_s
         state.sample()
-        stop.wait(max(0.0, next_s - time.monotonic()))
+        wait_s = max(0.0, next_s - time.monotonic())
     state.sample()
     return state
 
@@ -88,10 +88,14 @@ def main(
     interval_ms: Annotated[int, typer.Option(min=1)] = 50,
 ) -> None:
     """Record the largest allocated size of each directory until SIGTERM."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    result = watch([str(path) for path in directories], interval_ms / 1000, stop)
+    ending = (signal.SIGTERM, signal.SIGINT)
+    # Waited for instead of handled: a handler could run while its own event is locked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    result = watch(
+        [str(path) for path in directories],
+        interval_ms / 1000,
+        lambda wait_s: signal.sigtimedwait(ending, wait_s) is not None,
+    )
     json_file.write_bytes(msgspec.json.encode(result))
 
 

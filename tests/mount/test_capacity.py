@@ -60,7 +60,7 @@ def watched(mount: MountedKvfs, result: dict[str, Any]) -> Iterator[None]:
     options = ["--json", str(out), "--interval-ms", str(SAMPLE_MS)]
     with subprocess.Popen([*command, *options]) as watcher:
         try:
-            wait_until(lambda: catches_sigterm(watcher.pid), "the watcher watches")
+            wait_until(lambda: waits_for_sigterm(watcher.pid), "the watcher watches")
             yield
         finally:
             watcher.terminate()
@@ -68,10 +68,10 @@ def watched(mount: MountedKvfs, result: dict[str, Any]) -> Iterator[None]:
     result.update(json.loads(out.read_text()))
 
 
-def catches_sigterm(pid: int) -> bool:
+def waits_for_sigterm(pid: int) -> bool:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    caught = next(line for line in lines if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    blocked = next(line for line in lines if line.startswith("SigBlk"))
+    return bool(int(blocked.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def play(mount: MountedKvfs, requests: Iterable[Request]) -> tuple[Tally, dict[str, Any]]:

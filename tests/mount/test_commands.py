@@ -15,16 +15,19 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvfs.prefix import VllmScheme, block_paths
 from tests.mount.live import MIB, below, call, publish, replicas, wait_sealed
 from tests.mounting import MountedKvfs, run_kvfs, wait_until
 
 STATUS_FIELDS = {
     "version", "mountpoint", "pid", "started_at", "uptime_s", "state", "socket", "on_full",
-    "half_life_s", "blocks", "directories", "unsealed", "tiers", "moves", "counters",
+    "half_life_s", "blocks", "directories", "unsealed", "tiers", "moves", "seal",
+    "scrub", "counters",
 }  # fmt: skip
 TIER_FIELDS = {
     "name", "medium", "path", "uuid", "capacity_bytes", "used_bytes", "reserved_bytes",
-    "held_bytes", "free_bytes", "blocks", "state", "opens", "hit_share", "bytes_read",
+    "held_bytes", "quarantine_bytes", "quarantine_files", "saved_bytes", "free_bytes", "blocks",
+    "state", "opens", "hit_share", "bytes_read",
     "bytes_written", "promotions", "demotions", "evictions", "moved_in_bytes", "moved_out_bytes",
 }  # fmt: skip
 INFO_FIELDS = [
@@ -94,6 +97,38 @@ def test_orders_do_what_they_say(shared: MountedKvfs, there: Path) -> None:
     wait_until(lambda: os.listdir(there) == [], "all gone")
 
 
+def test_match_says_what_a_prompt_would_hit(
+    shared: MountedKvfs, there: Path, tmp_path: Path
+) -> None:
+    """Names as vLLM gives them: three of four chunks are there, one of them on another tier."""
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text(json.dumps(list(range(35))))
+    scheme = VllmScheme(4, "sha256_cbor", seed="7", blocks_per_chunk=2)
+    paths = list(block_paths(scheme, below(shared, there), range(35)))
+    for path in (paths[0], paths[1], paths[3]):
+        block = shared.path / os.fsdecode(path)
+        block.parent.mkdir(parents=True)
+        wait_sealed(publish(block, os.urandom(1000)))
+    run_kvfs("demote", shared.path / os.fsdecode(paths[1]), "--to", "hdd")
+    question = [
+        *("match", tokens, "--scheme", "vllm-sha256_cbor", "--namespace", there, "--seed", "7"),
+        *("--block-tokens", "4", "--blocks-per-chunk", "2"),
+    ]
+    assert shown(*question) == {
+        "scheme": "vllm-sha256_cbor",
+        "namespace": there.name,
+        "block_tokens": 8,
+        "tokens": 35,
+        "blocks": 4,
+        "hit_tokens": 16,
+        "hit_blocks": 2,
+        "tiers": [{"tier": tier, "blocks": 1, "tokens": 8} for tier in ("nvme", "hdd")],
+        "first_missing": os.fsdecode(paths[2]),
+    }
+    assert shown(*question, "--salt", "a tenant's")["hit_blocks"] == 0
+    assert call(shared, "info", path=paths[0])["heat"] <= 1  # asking is no access
+
+
 @pytest.mark.semantics("S-command-3")
 def test_exit_codes_of_bad_paths(shared: MountedKvfs, there: Path) -> None:
     missing = there / "missing"
@@ -106,6 +141,8 @@ def test_exit_codes_of_bad_paths(shared: MountedKvfs, there: Path) -> None:
         assert "not inside a kvfs mount" in refused(5, verb, shared.path.parent)
     assert "no tier is called" in refused(4, "demote", there, "--to", "tape")
     assert "no tier is called" in refused(4, "tier", "drain", "tape", shared.path)
+    assert "no tier is called" in refused(4, "scrub", shared.path, "--tier", "tape")
+    assert "no such block" in refused(8, "scrub", missing)
     assert refused(2, "status", "--no-such-option")
     assert refused(3, "config", "check", there)
     assert "no such directory" in refused(4, "tier", "init", shared.path.parent / "missing")
@@ -128,7 +165,8 @@ def test_a_stranger_may_ask_but_not_order(shared: MountedKvfs, there: Path) -> N
         "        try: client.call(verb, {'paths': [sys.argv[2].encode()]})\n"
         "        except KvfsError as error: assert error.exit_code == 9, error\n"
         "        else: sys.exit(f'{verb} was allowed')\n"
-        "    for verb, args in (('tier_drain', {'name': 'nvme'}), ('reload', {}), ('fsck', {})):\n"
+        "    for verb, args in (('tier_drain', {'name': 'nvme'}), ('reload', {}), ('fsck', {}),\n"
+        "                       ('scrub', {}), ('quarantine', {})):\n"
         "        try: client.call(verb, args)\n"
         "        except KvfsError as error: assert error.exit_code == 9, error\n"
         "        else: sys.exit(f'{verb} was allowed')\n"

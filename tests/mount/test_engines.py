@@ -117,14 +117,23 @@ def test_vllm_probes_o_direct(there: Path) -> None:
 
 
 @pytest.mark.semantics("S-read-2")
-def test_o_direct_asks_for_no_alignment(there: Path) -> None:
-    path = there / "odd.bin"
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_DIRECT, 0o600)
-    try:
-        assert os.pwrite(descriptor, b"abcdefg", 3) == 7
-        assert os.pread(descriptor, 5, 4) == b"bcdef"
-    finally:
-        os.close(descriptor)
+def test_unaligned_o_direct_is_answered_by_who_has_the_bytes(
+    shared: MountedKvfs, there: Path
+) -> None:
+    def write_and_read(path: Path) -> bytes | int:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_DIRECT, 0o600)
+        try:
+            assert os.pwrite(descriptor, b"abcdefg", 3) == 7
+            return os.pread(descriptor, 5, 4)
+        except OSError as error:
+            return error.errno or 0
+        finally:
+            os.close(descriptor)
+
+    served = not call(shared, "status")["data_path"]["passthrough"]
+    answer = write_and_read(there / "odd.bin")
+    assert answer == (b"bcdef" if served else write_and_read(shared.tiers["nvme"] / ".odd"))
+    (shared.tiers["nvme"] / ".odd").unlink(missing_ok=True)
 
 
 @pytest.mark.semantics("S-rename-1")

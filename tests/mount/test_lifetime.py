@@ -201,20 +201,39 @@ def test_a_forgotten_temporary_file_is_removed_and_one_in_use_is_not(small: Moun
 
 
 @pytest.mark.semantics("S-write-6")
-def test_a_file_that_outgrows_its_tier_moves_on_while_it_is_written(small: MountedKvfs) -> None:
-    path = small.path / "large.tmp"
+def test_a_file_that_outgrows_its_tier_moves_on_while_it_is_written() -> None:
     data = os.urandom(20 * MIB)
+    with scratch() as base:
+        config = config_in(base, CAPACITIES_MIB, passthrough="off")
+        with live(MountedKvfs(base, config)) as mount:
+            path = written_in_pieces(mount.path / "large.tmp", data)
+            path = path.rename(mount.path / "large")
+            assert path.read_bytes() == data
+            assert replicas(path) == ["hdd"]
+            assert not (mount.tiers["nvme"] / "large").exists()
+
+
+@pytest.mark.semantics("S-write-6")
+def test_a_file_that_outgrows_its_tier_past_the_daemon_is_counted_and_moved_later(
+    small: MountedKvfs,
+) -> None:
+    data = os.urandom(20 * MIB)
+    path = written_in_pieces(small.path / "large.tmp", data)
+    path = path.rename(small.path / "large")
+    assert path.read_bytes() == data
+    wait_until(lambda: replicas(path) == ["hdd"], "moved to where it fits")
+    assert path.read_bytes() == data
+    path.unlink()
+
+
+def written_in_pieces(path: Path, data: bytes) -> Path:
     with path.open("w+b", buffering=0) as writer:
         for start in range(0, len(data), MIB):
             writer.write(data[start : start + MIB])
         assert os.fstat(writer.fileno()).st_size == len(data)
         writer.seek(0)
         assert writer.read(len(data)) == data
-    path = path.rename(small.path / "large")
-    assert path.read_bytes() == data
-    assert replicas(path) == ["hdd"]
-    assert not (small.tiers["nvme"] / "large").exists()
-    path.unlink()
+    return path
 
 
 @pytest.mark.semantics("S-evict-3", "S-evict-4")

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.live import call, config_in, live, publish, put_on, scratch, wait_sealed
+from tests.mount.live import (
+    call,
+    config_in,
+    live,
+    publish,
+    put_on,
+    scratch,
+    state,
+    wait_sealed,
+)
 from tests.mounting import MountedKvfs, has_ended, run_kvfs, wait_until
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -148,6 +157,26 @@ def test_a_handle_outlives_the_daemon(past: MountedKvfs) -> None:
             path.read_bytes()
     past.start()
     assert path.read_bytes() == data
+
+
+@pytest.mark.semantics("S-publish-4", "S-crash-2")
+def test_a_writer_that_outlives_the_daemon_is_waited_for(past: MountedKvfs) -> None:
+    """Its descriptor still writes the tier's file, which is not sealed before it is closed."""
+    path = past.path / "outlived"
+    with path.open("wb", buffering=0) as writer:
+        writer.write(b"before the kill, ")
+        os.fsync(writer.fileno())
+        past.kill()
+        writer.write(b"after it, ")
+        past.start()
+        writer.write(b"and after the next mount")
+        wait_sealed(publish(past.path / "other", b"x"))
+        assert state(path) != "sealed"
+        assert path.read_bytes() == b"before the kill, after it, and after the next mount"
+    wait_sealed(path)
+    assert path.read_bytes() == b"before the kill, after it, and after the next mount"
+    assert path.stat().st_size == 51
+    assert run_kvfs("fsck", past.path).returncode == 0
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pyfuse3
@@ -14,6 +14,7 @@ from kvfs.mount.operations import Operations
 from kvfs.mount.passthrough import Passthrough
 from kvfs.store import Store
 from kvfs.volume import open_volume
+from tests.ops.serving import Served
 
 
 @pytest.fixture
@@ -39,3 +40,12 @@ def context() -> pyfuse3.RequestContext:
 def nvme(tier_directories: dict[str, Path]) -> Path:
     """The directory of the fastest tier."""
     return tier_directories["nvme"]
+
+
+@pytest.fixture
+def served(make_config: Callable[..., Config], tmp_path: Path) -> Iterator[Served]:
+    """A daemon without a mount over three empty tiers, in a thread."""
+    daemon = Served(make_config(), tmp_path / "run" / "kvfs.sock")
+    daemon.start()
+    yield daemon
+    daemon.stop()

@@ -100,7 +100,7 @@ async def test_while_the_tiers_are_walked_a_miss_is_looked_up_there_and_not_reme
 ) -> None:
     inode = await write_sealed(operations, context, b"block", b"survivor")
     catalog = operations.store.volume.catalog
-    with catalog.transaction():
+    with catalog.transaction("test"):
         catalog.delete(inode)
     account = operations.store.volume.space[0]
     account.used_bytes, account.blocks = 0, 0
@@ -172,7 +172,7 @@ async def test_an_open_by_a_stale_name_answers_estale(
     operations: Operations, context: Context
 ) -> None:
     inode = await write_sealed(operations, context, b"block", b"x")
-    operations.store.replicas.evict(inode, asked=True)
+    operations.store.replicas.evict(inode, reason="asked")
     assert await errno_from(operations.open(inode, os.O_RDONLY, context)) == errno.ESTALE
     assert await errno_from(operations.open(inode, os.O_RDWR, context)) == errno.ESTALE
     assert await errno_from(operations.getattr(inode, context)) == errno.ESTALE

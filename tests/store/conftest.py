@@ -8,6 +8,7 @@ import pytest
 
 from kvfs.config import Config
 from tests.store.helpers import Workbench
+from tests.store.packing import compressing
 
 
 @pytest.fixture
@@ -16,3 +17,10 @@ def bench(make_config: Callable[..., Config]) -> Iterator[Workbench]:
     workbench = Workbench(make_config)
     yield workbench
     workbench.close_all()
+
+
+@pytest.fixture
+def packing(bench: Workbench) -> Workbench:
+    """hdd and remote compress."""
+    bench.config = compressing(bench.config, hdd="zstd", remote="zstd")
+    return bench

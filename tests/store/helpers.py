@@ -12,14 +12,17 @@ import pytest
 import trio
 import xxhash
 
-from kvfs import layout, mover
+from kvfs import layout, mover, scans
+from kvfs.catalog_file import catalog_path
+from kvfs.codec import open_compressed
 from kvfs.config import Config
+from kvfs.identity import init_tier, write_identity
 from kvfs.open_block import OpenBlock
 from kvfs.policy import Move, MoveKind
-from kvfs.rows import ROOT_INODE, BlockState, Inode, Kind
+from kvfs.rows import RAW, ROOT_INODE, BlockState, Inode, Kind
 from kvfs.store import Store
-from kvfs.tier import Tier, init_tier, write_identity
-from kvfs.volume import catalog_path, open_volume
+from kvfs.tier import Tier
+from kvfs.volume import open_volume
 
 # A file's xattrs may take a page of their own, which the filesystem counts as the file's.
 XATTR_PAGE_BYTES = 4096
@@ -182,7 +185,7 @@ def during_copy(monkeypatch: pytest.MonkeyPatch, change: Callable[[], Awaitable[
     """Run `change` on the loop when the copy is complete and not yet in place."""
     real = mover.copy_verified
 
-    def copy_then_change(*arguments: Any) -> int:
+    def copy_then_change(*arguments: Any) -> Any:
         copied = real(*arguments)
         monkeypatch.undo()
 
@@ -193,6 +196,11 @@ def during_copy(monkeypatch: pytest.MonkeyPatch, change: Callable[[], Awaitable[
         return copied
 
     monkeypatch.setattr(mover, "copy_verified", copy_then_change)
+
+
+def take_away(tier: Tier) -> None:
+    """The tier is offline, as after errors of its medium."""
+    tier.health.state, tier.health.behind = "offline", True
 
 
 async def until(condition: Callable[[], object], what: str) -> None:
@@ -221,6 +229,21 @@ def tiers_of(store: Store, path: bytes) -> list[str]:
 def file_on(store: Store, tier: str, path: bytes, *, fanned: bool = False) -> Path:
     """The backing file of a block on a tier."""
     return Path(os.fsdecode(store.volume.tier_named(tier).locate(path, fanned)))
+
+
+def content_of_file(file: Path, codec: int) -> bytes:
+    """The block in a backing file."""
+    if codec == RAW:
+        return file.read_bytes()
+    with file.open("rb") as compressed:
+        block = open_compressed(compressed.fileno())
+        return block.read(0, block.size_bytes)
+
+
+def writable(file: Path) -> Path:
+    """A backing file, to be damaged: sealed ones are read-only for a user that is not root."""
+    file.chmod(0o600)
+    return file
 
 
 def files_on(tier: Tier) -> set[bytes]:
@@ -254,13 +277,15 @@ async def assert_consistent(store: Store) -> None:
     for tier in volume.tiers:
         if tier.online:
             _assert_tier_consistent(store, tier)
-    usage = catalog.usage()
+    usage = scans.usage(catalog.connection)
+    saved = scans.saved_bytes(catalog.connection)
     for tier in volume.tiers:
         account = volume.space[tier.index]
         assert (account.blocks, account.used_bytes) == usage.get(tier.number, (0, 0)), tier.name
+        assert account.saved_bytes == saved.get(tier.number, 0), tier.name
         assert (account.reserved_bytes, account.held_bytes) == (0, 0), tier.name
-    assert volume.space.duplicate_bytes == catalog.duplicate_bytes()
-    assert (volume.blocks, volume.directories) == catalog.totals()
+    assert volume.space.duplicate_bytes == scans.duplicate_bytes(catalog.connection)
+    assert (volume.blocks, volume.directories) == scans.totals(catalog.connection)
     assert catalog.orphans() == []
 
 
@@ -269,17 +294,18 @@ def _assert_tier_consistent(store: Store, tier: Tier) -> None:
     assert catalog.intents(tier.number) == []
     assert private_files(tier, layout.STAGING_DIR) == []
     rows = catalog.connection.execute(
-        "SELECT inode, fanned, allocated_bytes FROM replica WHERE tier = ?", (tier.number,)
+        "SELECT inode, fanned, allocated_bytes, codec FROM replica WHERE tier = ?", (tier.number,)
     ).fetchall()
     expected = set()
-    for number, fanned, allocated_bytes in rows:
+    for number, fanned, allocated_bytes, codec in rows:
         path = catalog.path_of(number)
         row = catalog.get(number)
         assert path is not None
         assert row is not None
         expected.add(layout.stored_path(path, bool(fanned)))
         if row.state == BlockState.SEALED:
-            _assert_file_is_sealed(tier, tier.locate(path, bool(fanned)), row, allocated_bytes)
+            absolute = tier.locate(path, bool(fanned))
+            _assert_file_is_sealed(tier, absolute, row, allocated_bytes, codec)
     assert files_on(tier) == expected, tier.name
     if tier.index > 0:
         for directory, directories, names in os.walk(tier.root):
@@ -288,14 +314,17 @@ def _assert_tier_consistent(store: Store, tier: Tier) -> None:
                 assert directories or names, f"empty directory left on {tier.name}: {below!r}"
 
 
-def _assert_file_is_sealed(tier: Tier, absolute: bytes, row: Inode, allocated_bytes: int) -> None:
+def _assert_file_is_sealed(
+    tier: Tier, absolute: bytes, row: Inode, allocated_bytes: int, codec: int
+) -> None:
     status = os.stat(absolute)
-    assert status.st_size == row.size_bytes, absolute
-    assert xxhash.xxh3_128_digest(Path(os.fsdecode(absolute)).read_bytes()) == row.checksum
+    content = content_of_file(Path(os.fsdecode(absolute)), codec)
+    assert len(content) == row.size_bytes, absolute
+    assert xxhash.xxh3_128_digest(content) == row.checksum
     assert status.st_blocks * 512 - allocated_bytes in (0, XATTR_PAGE_BYTES), absolute
     seal = tier.read_seal(absolute)
     assert seal is not None, f"no seal record: {absolute!r}"
-    assert (seal.inode, seal.generation, seal.length_bytes, seal.checksum) == (
-        row.id, row.generation, row.size_bytes, row.checksum,
+    assert (seal.inode, seal.generation, seal.length_bytes, seal.checksum, seal.codec) == (
+        row.id, row.generation, row.size_bytes, row.checksum, codec,
     )  # fmt: skip
     assert row.kind == Kind.BLOCK

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs import schema
+from kvfs import scans, schema
 from kvfs.catalog import Catalog
+from kvfs.catalog_file import open_catalog
 from kvfs.errors import CatalogError, exit_code_of
-from kvfs.rows import ROOT_INODE, SUSPECT, BlockState, Kind
-from kvfs.volume import open_catalog
+from kvfs.rows import GOOD, ROOT_INODE, SUSPECT, ZSTD, BlockState, Kind, Replica
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def catalog(tmp_path: Path) -> Iterator[Catalog]:
 
 
 def add(catalog: Catalog, parent: int, name: bytes, kind: Kind = Kind.BLOCK) -> int:
-    with catalog.transaction():
+    with catalog.transaction("test"):
         inode = catalog.insert_inode(kind, 0o644, 0, 0, 0)
         catalog.link(parent, name, inode)
     return inode
@@ -45,6 +45,27 @@ def test_a_new_file_gets_the_schema_and_an_old_one_keeps_its_rows(tmp_path: Path
     (version,) = second.connection.execute("PRAGMA user_version").fetchone()
     assert version == schema.SCHEMA_VERSION
     second.close()
+
+
+def test_an_older_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    catalog = Catalog(path)
+    catalog.insert_inode(Kind.DIRECTORY, 0o755, 0, 0, 0, inode=ROOT_INODE)
+    inode = add(catalog, ROOT_INODE, b"a")
+    number = catalog.tier_number("uuid", "nvme", "/nvme")
+    catalog.add_replica(inode, number, 4096, 5.0)
+    catalog.close()
+    with sqlite3.connect(path) as db:
+        db.execute("DROP INDEX replica_compressed")
+        for column in ("verified", "mtime_ns", "codec", "saved_bytes"):
+            db.execute(f"ALTER TABLE replica DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    catalog = Catalog(path)
+    assert list(catalog.replicas(inode)) == [Replica(inode, number, 4096, GOOD, 0, 5.0, 0, 0)]
+    (version,) = catalog.connection.execute("PRAGMA user_version").fetchone()
+    assert version == schema.SCHEMA_VERSION
+    catalog.close()
 
 
 def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -71,7 +92,7 @@ def test_a_corrupt_catalog_is_set_aside(tmp_path: Path) -> None:
 
 def test_a_failed_transaction_changes_nothing(catalog: Catalog) -> None:
     def name_two_alike() -> None:
-        with catalog.transaction():
+        with catalog.transaction("test"):
             inode = catalog.insert_inode(Kind.BLOCK, 0o644, 0, 0, 0)
             catalog.link(ROOT_INODE, b"a", inode)
             catalog.link(ROOT_INODE, b"a", inode + 1)
@@ -79,7 +100,7 @@ def test_a_failed_transaction_changes_nothing(catalog: Catalog) -> None:
     with pytest.raises(sqlite3.IntegrityError):
         name_two_alike()
     assert catalog.lookup(ROOT_INODE, b"a") is None
-    assert catalog.totals() == (0, 1)
+    assert scans.totals(catalog.connection) == (0, 1)
 
 
 @given(removed=st.sets(st.integers(0, 29)), page=st.integers(1, 7))
@@ -128,6 +149,28 @@ def test_paths_follow_a_renamed_directory(catalog: Catalog) -> None:
     assert catalog.resolve(b"outer/inner/block") is None
 
 
+def test_a_path_may_be_as_deep_as_it_can_be_long(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "deep.sqlite")
+    catalog.insert_inode(Kind.DIRECTORY, 0o755, 0, 0, 0, inode=ROOT_INODE)
+    inode = ROOT_INODE
+    for _ in range(1999):
+        inode = add(catalog, inode, b"d", Kind.DIRECTORY)
+    inode = add(catalog, inode, b"f")
+    catalog.close()
+    catalog = Catalog(tmp_path / "deep.sqlite")
+    assert catalog.path_of(inode) == b"/".join([b"d"] * 1999 + [b"f"])
+    catalog.close()
+
+
+def test_names_that_lead_in_a_circle_have_no_path(catalog: Catalog) -> None:
+    above = add(catalog, ROOT_INODE, b"above", Kind.DIRECTORY)
+    below = add(catalog, above, b"below", Kind.DIRECTORY)
+    block = add(catalog, below, b"block")
+    catalog.relink(above, below, b"above")
+    catalog.forget_paths()
+    assert catalog.path_of(block) is None
+
+
 def test_names_are_bytes_of_any_kind(catalog: Catalog) -> None:
     for name in (b"\xff\xfe", b"a\nb", b"." * 3, b"x" * 255, "ü".encode()):
         inode = add(catalog, ROOT_INODE, name)
@@ -172,8 +215,12 @@ def test_usage_and_duplicates_are_sums_over_replicas(catalog: Catalog) -> None:
     catalog.add_replica(both, fast, 4096, 1.0)
     catalog.add_replica(both, slow, 8192, 1.0)
     catalog.add_replica(one, slow, 8192, 1.0)
-    assert catalog.usage() == {fast: (1, 4096), slow: (2, 16384)}
-    assert catalog.duplicate_bytes() == 4096
+    assert scans.usage(catalog.connection) == {fast: (1, 4096), slow: (2, 16384)}
+    assert scans.duplicate_bytes(catalog.connection) == 4096
+    assert scans.saved_bytes(catalog.connection) == {}
+    catalog.add_replica(both, slow, 8192, 1.0, codec=ZSTD, saved_bytes=4000)
+    catalog.add_replica(one, slow, 8192, 1.0, codec=ZSTD, saved_bytes=96)
+    assert scans.saved_bytes(catalog.connection) == {slow: 4096}
     assert catalog.sole_replicas(slow) == 1
     assert catalog.sole_replicas(fast) == 0
 
@@ -217,7 +264,7 @@ def test_suspect_replicas_are_all_but_one(catalog: Catalog) -> None:
 def test_a_finished_intent_is_gone_at_once_and_after_reopening(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
     catalog = Catalog(path)
-    with catalog.transaction():
+    with catalog.transaction("test"):
         done = catalog.add_intent(1, "unlink", 7, b"a")
         left = catalog.add_intent(1, "rename", 8, b"b", b"c")
     catalog.intent_done(done.id)
@@ -232,20 +279,20 @@ def test_a_finished_intent_is_gone_at_once_and_after_reopening(tmp_path: Path) -
 
 def test_ghosts_are_taken_once_and_the_coldest_forgotten_first(catalog: Catalog) -> None:
     for number in range(10):
-        catalog.add_ghost(b"%d" % number, float(number))
-    catalog.trim_ghosts(3)
-    assert catalog.take_ghost(b"6") is None
-    assert catalog.take_ghost(b"9") == 9.0
-    assert catalog.take_ghost(b"9") is None
+        catalog.ghosts.add(b"%d" % number, float(number))
+    catalog.ghosts.trim(3)
+    assert catalog.ghosts.take(b"6") is None
+    assert catalog.ghosts.take(b"9") == 9.0
+    assert catalog.ghosts.take(b"9") is None
 
 
 def test_heat_from_the_future_is_clamped(catalog: Catalog) -> None:
     inode = add(catalog, ROOT_INODE, b"a")
     catalog.add_replica(inode, 1, 4096, 1e12)
-    catalog.add_ghost(b"key", 1e12)
+    catalog.ghosts.add(b"key", 1e12)
     catalog.clamp_heat(100.0)
     assert catalog.tau_of(inode) == 100.0
-    assert catalog.take_ghost(b"key") == 100.0
+    assert catalog.ghosts.take(b"key") == 100.0
 
 
 def test_a_reader_sees_committed_rows_and_cannot_write(catalog: Catalog) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from kvfs import layout
+from kvfs import fsck, layout
 from kvfs.errors import TierError
 from kvfs.fsck import FsckReport, check_offline, check_online
 from kvfs.rows import Kind
@@ -18,16 +19,20 @@ from tests.store.helpers import (
     Workbench,
     assert_consistent,
     create,
+    during_copy,
     file_on,
     files_on,
     move,
     private_files,
     put,
     read,
+    rename,
     row_at,
     seal_all,
     settle_all,
+    take_away,
     tiers_of,
+    writable,
 )
 
 Damage = Callable[[Store], Awaitable[None]]
@@ -63,7 +68,7 @@ async def lose_one_of_two(store: Store) -> None:
 
 
 async def cut_a_file(store: Store) -> None:
-    os.truncate(file_on(store, "nvme", b"d/both"), 10)
+    os.truncate(writable(file_on(store, "nvme", b"d/both")), 10)
 
 
 async def lose_a_row(store: Store) -> None:
@@ -88,7 +93,7 @@ async def leave_an_older_generation(store: Store) -> None:
     stale = file_on(store, "remote", b"d/slow")
     stale.parent.mkdir()
     stale.write_bytes(b"d/slow" * 1000)
-    hdd.write_seal(os.fsencode(stale), seal.at_generation(0))
+    store.volume.tier_named("remote").write_seal(os.fsencode(stale), seal.at_generation(0))
 
 
 async def clear_a_seal(store: Store) -> None:
@@ -111,10 +116,49 @@ async def miscount(store: Store) -> None:
     store.volume.space[1].used_bytes += 4096
 
 
+async def miscount_the_whole(store: Store) -> None:
+    store.volume.space.duplicate_bytes += 4096
+    store.volume.blocks += 1
+
+
+async def miscount_a_replica(store: Store) -> None:
+    nvme = store.volume.tiers[0]
+    store.volume.catalog.set_allocated(row_at(store, b"d/fast").id, nvme.number, 1 << 20)
+    store.volume.load_usage()
+
+
+async def copy_a_file(store: Store) -> None:
+    """With its seal record, as `cp -a` does."""
+    source, copy = file_on(store, "nvme", b"d/fast"), file_on(store, "nvme", b"d/copy")
+    shutil.copy2(source, copy)
+
+
+async def leave_a_fanned_copy(store: Store) -> None:
+    source, copy = (file_on(store, "nvme", b"d/fast", fanned=fanned) for fanned in (False, True))
+    copy.parent.mkdir(parents=True)
+    shutil.copy2(source, copy)
+
+
+async def leave_litter(store: Store) -> None:
+    staging = Path(os.fsdecode(store.volume.tiers[1].root + b"/" + layout.STAGING_DIR))
+    (staging / "12.3").write_bytes(b"half a copy")
+
+
+async def leave_something_in_quarantine(store: Store) -> None:
+    private = Path(os.fsdecode(store.volume.tiers[1].root + b"/" + layout.QUARANTINE_DIR))
+    (private / "notes.txt").write_bytes(b"mine")
+
+
+async def rot_without_a_seal(store: Store) -> None:
+    await clear_a_seal(store)
+    with writable(file_on(store, "nvme", b"d/fast")).open("r+b") as file:
+        file.write(b"rotten")
+
+
 DAMAGES: list[tuple[Damage, list[str], list[str]]] = [
     (lose_sole_file, ["missing-file"], ["tier hdd lost"]),
     (lose_one_of_two, ["missing-file"], ["tier hdd lost"]),
-    (cut_a_file, ["missing-file", "seal-record"], ["tier nvme lost", "not sealed and not known"]),
+    (cut_a_file, ["wrong-size"], ["'d/both' is bad .10 bytes, sealed with 6000.*quarantined"]),
     (lose_a_row, ["unknown-file"], []),
     (lose_a_replica_row, ["unknown-file"], []),
     (leave_a_torn_file, ["unknown-file"], ["not sealed and not known"]),
@@ -123,6 +167,13 @@ DAMAGES: list[tuple[Damage, list[str], list[str]]] = [
     (age_a_seal, ["seal-record"], []),
     (leave_an_orphan_row, ["orphan-row"], []),
     (miscount, ["account"], []),
+    (miscount_the_whole, ["account"], []),
+    (miscount_a_replica, ["account"], []),
+    (copy_a_file, ["duplicate"], ["knows elsewhere on the tier: quarantined"]),
+    (leave_a_fanned_copy, ["duplicate"], ["knows elsewhere on the tier: quarantined"]),
+    (leave_litter, ["staging"], []),
+    (leave_something_in_quarantine, ["quarantine"], []),
+    (rot_without_a_seal, ["seal-record"], ["'d/fast' is bad .* checksum .*: quarantined"]),
 ]
 
 
@@ -168,6 +219,32 @@ async def test_damage_is_found_repaired_and_gone(
     await assert_consistent(store)
 
 
+async def test_a_copy_that_is_being_made_is_no_litter(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await bench.start()
+    await populate(store)
+    during_copy(monkeypatch, lambda: check_clean(store))
+    await move(store, "demote", b"d/fast", "nvme", "hdd")
+    await assert_consistent(store)
+
+
+async def test_a_file_that_is_in_staging_for_a_moment_is_no_litter(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await bench.start()
+    staging = Path(os.fsdecode(store.volume.tiers[0].root + b"/" + layout.STAGING_DIR))
+    (staging / "probe").write_bytes(b"of a moment")
+    await check_clean(store)
+    monkeypatch.setattr(fsck, "MOMENT_S", -1.0)
+    assert kinds(await check(store, repair=True)) == ["staging"]
+    await assert_consistent(store)
+
+
+async def check_clean(store: Store) -> None:
+    assert kinds(await check(store, repair=True)) == []
+
+
 async def test_a_finding_is_a_document(bench: Workbench) -> None:
     store = await bench.start()
     await populate(store)
@@ -182,7 +259,7 @@ async def test_a_finding_is_a_document(bench: Workbench) -> None:
 async def test_a_tier_that_is_away_is_said_not_to_be_checked(bench: Workbench) -> None:
     store = await bench.start()
     await populate(store)
-    store.volume.tier_named("remote").mark_offline("a test")
+    take_away(store.volume.tier_named("remote"))
     (finding,) = (await check(store, repair=True)).findings
     assert (finding.kind, finding.tier, finding.repaired) == ("tier-offline", "remote", False)
     assert tiers_of(store, b"e/remote") == ["remote"], "its blocks are not given up"
@@ -228,6 +305,50 @@ def test_an_offline_check_repairs_and_leaves_a_clean_catalog(
     assert kinds(offline(bench, repair=True)) == ["missing-file", "staging"]
     assert kinds(offline(bench)) == []
     trio.run(look)
+
+
+@pytest.mark.semantics("S-verify-9")
+def test_without_repair_an_offline_check_changes_nothing(
+    bench: Workbench, expect_log: list[str]
+) -> None:
+    expect_log += ["not sealed before the machine stopped: quarantined"]
+
+    async def prepare() -> None:
+        store = await bench.start()
+        await populate(store)
+        writing = await create(store, b"d/writing", b"half")
+        published = await create(store, b"d/published.tmp", b"whole")
+        await rename(store, b"d/published.tmp", b"d/published")
+        assert {writing.inode, published.inode} <= set(store.replicas.open_blocks)
+        hdd = store.volume.tier_named("hdd")
+        staged = hdd.root + b"/" + layout.staging_path(9, 9)
+        Path(os.fsdecode(staged)).write_bytes(b"half")
+        with store.volume.catalog.transaction("test"):
+            store.volume.catalog.add_intent(hdd.number, "unlink", 77, b"d/gone")
+        file_on(store, "hdd", b"d/gone").write_bytes(b"to be removed")
+        bench.crash(store, reboot=True)
+
+    def everything() -> dict[str, bytes]:
+        return {
+            str(file): file.read_bytes()
+            for tier in bench.config.tier
+            for file in sorted(tier.path.rglob("*"))
+            if file.is_file() and "/catalog.sqlite" not in str(file) and file.name != "tier.json"
+        }
+
+    trio.run(prepare)
+    before = everything()
+    for _ in range(2):
+        report = offline(bench)
+        assert kinds(report) == ["staging", "unfinished", "unfinished", "unfinished"]
+        assert not any(finding.repaired for finding in report.findings)
+        assert everything() == before
+    # The next mount still knows that the machine stopped, and decides.
+    assert kinds(offline(bench, repair=True)) == ["staging"]
+    after = everything()
+    assert not any(name.endswith(("d/writing", "d/published", "d/gone")) for name in after)
+    assert any(".unsealed.published" in name for name in after)
+    assert kinds(offline(bench)) == []
 
 
 def test_a_rebuild_loses_only_heat(bench: Workbench) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 import trio
 import trio.testing
@@ -42,6 +45,30 @@ async def test_a_block_that_is_unlinked_meanwhile_leaves_nothing(
         await move(store, "demote", b"d/a", "nvme", "hdd")
     assert_no_litter(store)
     assert files_on(store.volume.tier_named("hdd")) == set()
+    await assert_consistent(store)
+
+
+@pytest.mark.parametrize("placed", [False, True], ids=["before", "after"])
+async def test_an_unmount_while_a_copy_is_put_in_place_leaves_no_file_without_a_row(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, placed: bool
+) -> None:
+    store = await bench.start()
+    await put(store, b"d/a", b"data")
+    await seal_all(store)
+    real = mover.put_in_place
+
+    def cancel_beside(*arguments: Any) -> os.stat_result:
+        if not placed:
+            trio.from_thread.run_sync(nursery.cancel_scope.cancel)
+        status = real(*arguments)
+        if placed:
+            trio.from_thread.run_sync(nursery.cancel_scope.cancel)
+        return status
+
+    monkeypatch.setattr(mover, "put_in_place", cancel_beside)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(move, store, "demote", b"d/a", "nvme", "hdd")
+    await until(lambda: not store.volume.tier_named("hdd").limiter.borrowed_tokens, "threads done")
     await assert_consistent(store)
 
 

@@ -27,6 +27,7 @@ from tests.store.helpers import (
     rewrite,
     seal_all,
     settle_all,
+    take_away,
     tiers_of,
     unlink,
     until,
@@ -120,10 +121,10 @@ async def test_a_block_is_found_before_its_promised_rename_is_done(bench: Workbe
     store = await bench.start()
     await put_on(store, b"d/a", b"data", "remote")
     remote = store.volume.tier_named("remote")
-    remote.mark_offline("a test")
+    take_away(remote)
     await rename(store, b"d/a", b"d/b")
     await rename(store, b"d", b"e")
-    remote.mark_online()
+    remote.health.probed("")
     assert await read(store, b"e/b") == b"data"
     await assert_consistent(store)
 
@@ -132,9 +133,9 @@ async def test_a_block_is_rewritten_before_its_promised_rename_is_done(bench: Wo
     store = await bench.start()
     await put_on(store, b"a", b"data", "remote")
     remote = store.volume.tier_named("remote")
-    remote.mark_offline("a test")
+    take_away(remote)
     await rename(store, b"a", b"b")
-    remote.mark_online()
+    remote.health.probed("")
     await rewrite(store, b"b", b"DATA")
     await seal_all(store)
     assert await read(store, b"b") == b"DATA"
@@ -145,11 +146,11 @@ async def test_a_walk_leaves_what_is_promised_to_move(bench: Workbench) -> None:
     store = await bench.start()
     inode = await put_on(store, b"d/a", b"data", "remote")
     remote = store.volume.tier_named("remote")
-    remote.mark_offline("a test")
+    take_away(remote)
     await rename(store, b"d/a", b"d/b")
-    remote.mark_online()
+    remote.health.probed("")
     await store.recovery.absorb_tier(remote)
-    assert not await store.recovery.confirm_missing(remote, inode, drop=True)
+    assert not await store.recovery.confirm_fault(remote, inode, repair=True)
     assert await read(store, b"d/b") == b"data"
     await assert_consistent(store)
 
@@ -159,10 +160,10 @@ async def test_a_name_that_changed_hands_while_the_tier_was_away(bench: Workbenc
     await put_on(store, b"a", b"one", "remote")
     await put_on(store, b"b", b"two", "remote")
     remote = store.volume.tier_named("remote")
-    remote.mark_offline("a test")
+    take_away(remote)
     await rename(store, b"a", b"c")
     await rename(store, b"b", b"a")
-    remote.mark_online()
+    remote.health.probed("")
     assert await read(store, b"a") == b"two"
     assert await read(store, b"c") == b"one"
     await assert_consistent(store)

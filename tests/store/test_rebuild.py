@@ -10,11 +10,11 @@ import msgspec
 import pytest
 
 from kvfs import layout
+from kvfs.identity import init_tier, read_identity
 from kvfs.recovery import Verdict
 from kvfs.rows import BlockState
 from kvfs.seal import SEAL_XATTR
 from kvfs.store import Store
-from kvfs.tier import init_tier, read_identity
 from kvfs.walk import look
 from tests.store.helpers import (
     Workbench,
@@ -33,6 +33,7 @@ from tests.store.helpers import (
     row_at,
     seal_all,
     settle_all,
+    take_away,
     tiers_of,
     unlink,
 )
@@ -118,7 +119,7 @@ async def test_of_two_generations_the_newer_is_kept(bench: Workbench, stale: str
     leftover = Path(os.fsdecode(old + b"/d/a"))
     leftover.parent.mkdir(exist_ok=True)
     leftover.write_bytes(b"old content")
-    store.volume.tiers[0].write_seal(os.fsencode(leftover), seal.at_generation(1))
+    store.volume.tier_named(stale).write_seal(os.fsencode(leftover), seal.at_generation(1))
     bench.stop(store)
     bench.lose_catalog()
     store = await bench.start()
@@ -133,7 +134,7 @@ async def test_a_renamed_block_is_not_found_at_its_old_name_on_another_tier(
 ) -> None:
     store = await bench.start()
     inode = await put_on(store, b"old", b"data", "nvme", "remote")
-    store.volume.tier_named("remote").mark_offline("a test")
+    take_away(store.volume.tier_named("remote"))
     await rename(store, b"old", b"new")
     bench.stop(store)
     bench.lose_catalog()
@@ -147,7 +148,7 @@ async def test_a_renamed_block_is_not_found_at_its_old_name_on_another_tier(
 async def test_of_two_blocks_at_one_name_the_later_is_kept(bench: Workbench) -> None:
     store = await bench.start()
     await put_on(store, b"a", b"first", "remote")
-    store.volume.tier_named("remote").mark_offline("a test")
+    take_away(store.volume.tier_named("remote"))
     await unlink(store, b"a")
     later = await put(store, b"a", b"second")
     bench.stop(store)
@@ -253,7 +254,7 @@ async def test_a_tier_of_another_kvfs_is_adopted_beside_blocks_of_the_same_numbe
         assert await read(store, b"ours/%d" % number) == b"our data %d" % number
     assert await read(store, b"same/name") == b"our version"
     (quarantined,) = private_files(store.volume.tier_named("taken"), layout.QUARANTINE_DIR)
-    assert quarantined.endswith(b"-name")
+    assert quarantined.endswith(b".unknown.name")
     await assert_consistent(store)
 
 

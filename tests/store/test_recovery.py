@@ -28,8 +28,10 @@ from tests.store.helpers import (
     row_at,
     seal_all,
     settle_all,
+    take_away,
     tiers_of,
     unlink,
+    writable,
 )
 
 
@@ -44,6 +46,7 @@ def killed_before_files_change(store: Store, monkeypatch: pytest.MonkeyPatch) ->
         raise Killed
 
     monkeypatch.setattr(store.replicas, "apply", die)
+    monkeypatch.setattr(store.replicas, "carry_out_rename", die)
 
 
 # --- litter and intents
@@ -75,11 +78,11 @@ async def test_an_unlink_waits_for_a_tier_that_is_away(bench: Workbench) -> None
     store = await bench.start()
     await put_on(store, b"d/a", b"data", "nvme", "remote")
     remote = store.volume.tier_named("remote")
-    remote.mark_offline("a test")
+    take_away(remote)
     await unlink(store, b"d/a")
     await settle_all(store)
     assert file_on(store, "remote", b"d/a").exists()
-    remote.mark_online()
+    remote.health.probed("")
     await settle_all(store)
     assert not file_on(store, "remote", b"d/a").exists()
     await assert_consistent(store)
@@ -151,7 +154,7 @@ async def test_a_rename_is_finished_twice_without_harm(bench: Workbench) -> None
     store = await bench.start()
     inode = await put_on(store, b"a", b"data", "nvme", "hdd")
     await rename(store, b"a", b"b")
-    with store.volume.catalog.transaction():
+    with store.volume.catalog.transaction("test"):
         for tier in store.volume.tiers[:2]:
             store.volume.catalog.add_intent(tier.number, "rename", inode, b"a", b"b")
     store = await bench.restart_after_crash(store)
@@ -165,7 +168,7 @@ async def test_a_promised_rename_is_void_once_the_block_is_called_otherwise(
     store = await bench.start()
     inode = await put_on(store, b"c", b"data", "nvme", "hdd")
     await put(store, b"a", b"another")
-    with store.volume.catalog.transaction():
+    with store.volume.catalog.transaction("test"):
         for tier in store.volume.tiers[:2]:
             store.volume.catalog.add_intent(tier.number, "rename", inode, b"a", b"b")
     store = await bench.restart_after_crash(store)
@@ -178,10 +181,10 @@ async def test_a_rename_on_a_tier_that_is_away_is_done_when_it_returns(bench: Wo
     store = await bench.start()
     await put_on(store, b"d/a", b"data", "nvme", "remote")
     remote = store.volume.tier_named("remote")
-    remote.mark_offline("a test")
+    take_away(remote)
     await rename(store, b"d/a", b"d/b")
     await rename(store, b"d/b", b"e/c")
-    remote.mark_online()
+    remote.health.probed("")
     await assert_consistent(store)
     await move(store, "drop", b"e/c", "nvme", None)
     assert await read(store, b"e/c") == b"data"
@@ -194,7 +197,7 @@ async def test_many_changes_while_a_tier_is_away_are_done_in_order(bench: Workbe
     await put_on(store, b"d/back", b"back", "nvme", "remote")
     await put_on(store, b"d/gone", b"gone", "nvme", "remote")
     remote = store.volume.tier_named("remote")
-    remote.mark_offline("a test")
+    take_away(remote)
     await rename(store, b"d/kept", b"d/renamed")
     await rename(store, b"d/back", b"d/elsewhere")
     await rename(store, b"d/elsewhere", b"d/back")
@@ -202,7 +205,7 @@ async def test_many_changes_while_a_tier_is_away_are_done_in_order(bench: Workbe
     await rename(store, b"d", b"e")
     await unlink(store, b"e/kept")
     await put(store, b"e/kept", b"new")
-    remote.mark_online()
+    remote.health.probed("")
     await assert_consistent(store)
     for path, data in ((b"e/renamed", b"kept"), (b"e/back", b"back")):
         await move(store, "drop", path, "nvme", None)
@@ -261,7 +264,7 @@ async def test_what_was_published_and_not_sealed_is_quarantined_after_a_reboot(
     assert store.volume.catalog.resolve(b"d/a") is None
     assert await read(store, b"d/sealed") == b"sealed"
     (aside,) = private_files(store.volume.tiers[0], layout.QUARANTINE_DIR)
-    assert aside.endswith(b"-a")
+    assert aside.endswith(b".unsealed.a")
     await assert_consistent(store)
 
 
@@ -275,9 +278,33 @@ async def test_a_published_block_whose_file_is_gone_is_gone(bench: Workbench) ->
     await assert_consistent(store)
 
 
+@pytest.mark.semantics("S-crash-3")
+@pytest.mark.parametrize("reboot", [False, True])
+async def test_what_was_half_written_is_kept_where_that_is_wanted(
+    bench: Workbench, expect_log: list[str], reboot: bool
+) -> None:
+    expect_log.append("was being (re)?written when kvfs stopped: quarantined")
+    bench.configure(unfinished="quarantine")
+    store = await bench.start()
+    await create(store, b"d/writing", b"half")
+    await put(store, b"d/rewritten", b"0123456789")
+    block = await store.blocks.open_writer(row_at(store, b"d/rewritten").id)
+    await store.blocks.write(block, 0, b"abc")
+    store = await bench.restart_after_crash(store, reboot=reboot)
+    for name in (b"d/writing", b"d/rewritten"):
+        assert store.volume.catalog.resolve(name) is None
+    nvme = store.volume.tiers[0]
+    assert files_on(nvme) == set()
+    directory = Path(os.fsdecode(nvme.root + b"/" + layout.QUARANTINE_DIR))
+    kept = {file.name.split(".", 1)[1]: file.read_bytes() for file in directory.iterdir()}
+    assert kept == {"unfinished.writing": b"half", "unfinished.rewritten": b"abc3456789"}
+    await assert_consistent(store)
+
+
 def seal_without_commit(store: Store, path: bytes) -> None:
     """The sealer's worker wrote the record, and then the daemon died."""
-    (sealed,) = seal_files(store.volume.tiers[0], [Job(row_at(store, path), path, False)])
+    job = Job(row_at(store, path), path, False)
+    (sealed,), _ = seal_files(store.volume.tiers[0], [job])
     assert sealed.checksum is not None
 
 
@@ -298,7 +325,7 @@ async def test_a_seal_that_is_not_of_the_content_is_not_accepted(bench: Workbenc
     block = await create(store, b"d/a", b"complete")
     await store.blocks.close(block, writer=True)
     seal_without_commit(store, b"d/a")
-    with file_on(store, "nvme", b"d/a").open("r+b") as file:
+    with writable(file_on(store, "nvme", b"d/a")).open("r+b") as file:
         file.write(b"torn")
     store = await bench.restart_after_crash(store)
     assert store.volume.catalog.resolve(b"d/a") is None

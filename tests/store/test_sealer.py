@@ -5,16 +5,20 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import MockClock
 
 from kvfs import sealer
+from kvfs.checksum import cached_bytes, checksum_of, drop_cached
 from kvfs.rows import BlockState
-from kvfs.seal import Seal, checksum_of, decode_seal, no_writer_left
+from kvfs.seal import Seal, decode_seal, no_writer_left
+from kvfs.store import Store
 from kvfs.tier import Tier
 from tests.store.helpers import (
     Workbench,
@@ -33,10 +37,11 @@ from tests.store.helpers import (
 )
 
 unsigned32 = st.integers(0, 2**32 - 1)
-unsigned64 = st.integers(0, 2**64 - 1)
+sizes = st.integers(0, 2**56 - 1)
 seals = st.builds(
-    Seal, unsigned64, unsigned64, unsigned64, st.binary(min_size=16, max_size=16), unsigned32,
-    unsigned32, unsigned32, st.integers(-(2**63), 2**63 - 1), st.integers(0, 255),
+    Seal, st.integers(2, 2**56 - 1), sizes, sizes, st.binary(min_size=16, max_size=16),
+    st.integers(0, 0o7777), unsigned32, unsigned32, st.integers(-(2**63), 2**63 - 1),
+    st.integers(0, 1),
 )  # fmt: skip
 
 
@@ -47,6 +52,11 @@ seals = st.builds(
 def test_a_record_is_read_as_it_was_written(seal: Seal) -> None:
     assert decode_seal(seal.encode()) == seal
     assert len(seal.encode()) <= 128
+
+
+@given(seals, st.integers(2, 255))
+def test_a_record_of_a_codec_that_is_not_known_is_none(seal: Seal, codec: int) -> None:
+    assert decode_seal(replace(seal, codec=codec).encode()) is None
 
 
 @given(seals, st.data())
@@ -63,7 +73,7 @@ def test_a_rotten_record_is_none(seal: Seal, data: st.DataObject) -> None:
     assert decode_seal(bytes(record)) is None
 
 
-@given(seals, unsigned64)
+@given(seals, sizes)
 def test_another_generation_is_the_same_content(seal: Seal, generation: int) -> None:
     later = seal.at_generation(generation)
     assert later.generation == generation
@@ -156,6 +166,104 @@ async def test_the_checksum_is_of_the_content(bench: Workbench) -> None:
         assert checksum_of(file.fileno(), past_page_cache=True) == row_at(store, b"a").checksum
 
 
+# --- what it costs
+
+
+def leave_page_cache(store: Store, path: bytes) -> None:
+    """As if the file had been written with O_DIRECT."""
+    descriptor = os.open(file_on(store, "nvme", path), os.O_RDONLY)
+    os.fsync(descriptor)
+    drop_cached(descriptor)
+    os.close(descriptor)
+
+
+def cached_of(store: Store, path: bytes) -> int:
+    descriptor = os.open(file_on(store, "nvme", path), os.O_RDONLY)
+    try:
+        return cached_bytes(descriptor, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
+async def test_what_the_page_cache_has_costs_the_medium_nothing(bench: Workbench) -> None:
+    store = await bench.start()
+    for name, written_past_it in ((b"a", False), (b"b", True)):
+        block = await create(store, name, bytes(100_000))
+        await store.blocks.close(block, writer=True)
+        if written_past_it:
+            leave_page_cache(store, name)
+    await seal_all(store)
+    costs = store.sealer.costs
+    assert (costs.size_bytes, costs.medium_bytes) == (200_000, 100_000)
+    assert costs.seconds > 0
+    assert cached_of(store, b"a") == 100_000, "it may be wanted"
+    assert cached_of(store, b"b") == 0, "it would push out what is"
+    await assert_consistent(store)
+
+
+async def test_what_the_medium_has_to_deliver_is_read_at_a_pace(
+    bench: Workbench, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autojump_clock.autojump_threshold = 0.05
+    monkeypatch.setattr(sealer, "MEDIUM_BYTES_AT_ONCE", 150_000)
+    bench.configure(seal_rate=100_000)
+    store = await bench.start()
+    for number in range(10):
+        block = await create(store, b"%d" % number, bytes(100_000))
+        await store.blocks.close(block, writer=True)
+        leave_page_cache(store, b"%d" % number)
+    start_s = trio.current_time()
+    assert not await store.sealer.seal_pending(paced=True)
+    assert trio.current_time() - start_s >= 9
+    assert store.volume.counters.events["seals"] == 10
+    await assert_consistent(store)
+
+
+@pytest.mark.parametrize("why", ["the end of the mount", "a full tier", "no rate"])
+async def test_nobody_waits_for_the_pace_where_blocks_must_be_sealed(
+    bench: Workbench, autojump_clock: MockClock, why: str
+) -> None:
+    autojump_clock.autojump_threshold = 0.05
+    bench.configure(seal_rate=0 if why == "no rate" else 1)
+    store = await bench.start()
+    block = await create(store, b"a", bytes(100_000))
+    await store.blocks.close(block, writer=True)
+    leave_page_cache(store, b"a")
+    account = store.volume.space[0]
+    full = store.volume.space.reserve(0, account.free_bytes if why == "a full tier" else 0)
+    assert full is not None
+    start_s = trio.current_time()
+    await store.sealer.seal_pending(paced=why != "the end of the mount")
+    assert trio.current_time() - start_s < 1000
+    full.release()
+    await assert_consistent(store)
+
+
+async def test_the_lag_is_that_of_the_oldest_that_waits(bench: Workbench) -> None:
+    store = await bench.start()
+    assert store.sealer.lag_s() == 0
+    first = await create(store, b"first", b"data")
+    assert store.sealer.lag_s() == 0, "it has a writer"
+    mapped = os.open(file_on(store, "nvme", b"first"), os.O_RDWR)
+    await store.blocks.close(first, writer=True)
+    lag_s = store.sealer.lag_s()
+    assert lag_s > 0
+    await put_more(store)
+    assert store.sealer.lag_s() > lag_s, "the first still waits for its other writer"
+    os.close(mapped)
+    store.volume.request_seal(first.inode)
+    await seal_all(store)
+    assert store.sealer.lag_s() == 0
+    await assert_consistent(store)
+
+
+async def put_more(store: Store) -> None:
+    for number in range(3):
+        block = await create(store, b"%d" % number, b"data")
+        await store.blocks.close(block, writer=True)
+    assert len(await store.sealer.seal_pending()) == 1
+
+
 async def test_a_batch_is_sealed_and_what_is_gone_is_left_out(bench: Workbench) -> None:
     store = await bench.start()
     for number in range(sealer.BATCH_BLOCKS + 10):
@@ -207,7 +315,7 @@ def during_sealing(
     """Run `change` on the loop after the files were sealed and before the loop commits."""
     real = sealer.seal_files
 
-    def seal_then_change(tier: Tier, jobs: list[sealer.Job]) -> list[sealer.Sealed]:
+    def seal_then_change(tier: Tier, jobs: list[sealer.Job]) -> tuple[list[sealer.Sealed], int]:
         results = real(tier, jobs)
         monkeypatch.undo()
 

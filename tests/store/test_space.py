@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from hypothesis import given
@@ -15,6 +16,8 @@ from kvfs.space import (
     PAGE_BYTES,
     Reservation,
     Space,
+    TierSpace,
+    limit_of,
     rounded,
 )
 
@@ -160,3 +163,45 @@ def test_memory_of_directories_is_bounded() -> None:
         space.learn(PAGE_BYTES * 2, number)
     assert space.expected_bytes(0, 0) == CAPACITY_BYTES // 100, "the oldest is forgotten"
     assert space.expected_bytes(0, DIRECTORIES_REMEMBERED + 9) == PAGE_BYTES * 2
+
+
+def filesystem(free: int, files: int = 0, free_files: int = 0) -> os.statvfs_result:
+    """What statvfs says of one with so many free blocks of 4 KiB."""
+    return os.statvfs_result(
+        (4096, 4096, 10_000, free, free, files, free_files, free_files, 0, 255)
+    )
+
+
+def test_a_tier_is_no_larger_than_its_disk_lets_it_be() -> None:
+    space = TierSpace(capacity_bytes=1 << 20, used_bytes=600 << 10)
+    assert (space.room_bytes, space.free_bytes) == (1 << 20, 424 << 10)
+    space.limit_bytes, space.crowd_bytes = limit_of(space.stored_bytes, filesystem(25), 0.95)
+    assert space.room_bytes == space.planned_bytes == 700 << 10
+    assert space.free_bytes == 100 << 10
+    space.limit_bytes, space.crowd_bytes = limit_of(space.stored_bytes, filesystem(5000), 0.95)
+    assert space.room_bytes == space.planned_bytes == 1 << 20
+
+
+@given(st.integers(1, 1000), st.integers(0, 1000), st.integers(0, 1 << 40))
+def test_where_inodes_are_scarce_files_leave_whatever_their_size(
+    files: int, free_files: int, stored_bytes: int
+) -> None:
+    free_files = min(free_files, files)
+    status = filesystem(1 << 40, files, free_files)
+    limit_bytes, crowd_bytes = limit_of(stored_bytes, status, 0.95)
+    assert limit_bytes > stored_bytes
+    scarce = 1 - free_files / files > 0.95
+    assert (crowd_bytes is not None) == scarce
+    if crowd_bytes is not None and stored_bytes > 1000:
+        # It is above the watermark by as much as the inodes are.
+        used = stored_bytes / crowd_bytes
+        assert abs(used - (1 - free_files / files)) < 0.01
+
+
+def test_a_filesystem_that_makes_inodes_as_it_needs_them_is_never_short_of_them() -> None:
+    assert limit_of(100, filesystem(1, files=0, free_files=0), 0.95) == (100 + 4096, None)
+
+
+def test_a_tier_without_any_room_still_has_a_size() -> None:
+    space = TierSpace(capacity_bytes=1 << 20, limit_bytes=0, crowd_bytes=0)
+    assert space.room_bytes == space.planned_bytes == 4096

@@ -9,11 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from kvfs.catalog_file import catalog_path
 from kvfs.config import Config, TierConfig
 from kvfs.errors import CatalogError, TierError, TierOffline, exit_code_of
+from kvfs.identity import init_tier, read_identity
 from kvfs.rows import ROOT_INODE
-from kvfs.tier import init_tier, read_identity
-from kvfs.volume import boot_id, catalog_path, open_volume
+from kvfs.volume import boot_id, open_volume
 from tests.store.helpers import Workbench, assert_consistent, move, put, read, tiers_of
 
 
@@ -164,7 +165,10 @@ async def test_an_unmounted_disk_is_refused(bench: Workbench, name: str) -> None
     assert await read(store, b"a") == b"data"
 
 
-async def test_a_remote_tier_that_is_missing_is_offline(bench: Workbench) -> None:
+async def test_a_remote_tier_that_is_missing_is_offline(
+    bench: Workbench, expect_log: list[str]
+) -> None:
+    expect_log.append("tier remote is offline: .* is not mounted")
     store = await bench.start()
     await put(store, b"a", b"data")
     await move(store, "demote", b"a", "nvme", "remote")
@@ -179,12 +183,15 @@ async def test_a_remote_tier_that_is_missing_is_offline(bench: Workbench) -> Non
     disk.rename(path)
     remote = store.volume.tier_named("remote")
     remote.probe()
-    remote.mark_online()
+    remote.health.probed("")
     assert await read(store, b"a") == b"data"
     await assert_consistent(store)
 
 
-async def test_a_remote_mountpoint_without_its_filesystem_is_offline(bench: Workbench) -> None:
+async def test_a_remote_mountpoint_without_its_filesystem_is_offline(
+    bench: Workbench, expect_log: list[str]
+) -> None:
+    expect_log.append("tier remote is offline: .* is not mounted")
     store = await bench.start()
     await put(store, b"a", b"data")
     bench.stop(store)
@@ -193,7 +200,7 @@ async def test_a_remote_mountpoint_without_its_filesystem_is_offline(bench: Work
     store = await bench.start()
     assert store.volume.tier_named("remote").state == "offline"
     assert await read(store, b"a") == b"data"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="not mounted at its path"):
         store.volume.tier_named("remote").probe()
     assert everything_below(path) == set(), "the mountpoint was written to"
 
@@ -308,6 +315,29 @@ async def test_two_daemons_cannot_use_one_tier(bench: Workbench) -> None:
     assert await read(store, b"a") == b"data"
     bench.stop(store)
     await bench.start()
+
+
+async def test_a_catalog_behind_a_link_is_refused(bench: Workbench, tmp_path: Path) -> None:
+    bench.stop(await bench.start())
+    path = catalog_path(bench.config)
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CatalogError, match="is a symbolic link"):
+        open_volume(bench.config)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+async def test_the_catalog_of_another_daemon_is_left_alone_whatever_is_in_it(
+    bench: Workbench,
+) -> None:
+    store = await bench.start()
+    path = store.volume.catalog.path
+    before = path.stat().st_ino
+    store.volume.catalog.connection.execute("INSERT INTO meta VALUES ('mounts of', X'ff')")
+    store.volume.catalog.connection.execute("UPDATE inode SET kind = 7")
+    assert "another kvfs daemon uses" in refusal(bench.config)
+    assert path.stat().st_ino == before
+    assert [found.name for found in path.parent.glob("*.corrupt*")] == []
 
 
 async def test_a_second_daemon_forgets_nothing_of_the_first(bench: Workbench) -> None:

@@ -63,7 +63,7 @@ async def test_a_replica_whose_removal_is_promised_is_not_believed(bench: Workbe
 async def evict(store: Store, path: bytes) -> None:
     row = store.volume.catalog.resolve(path)
     assert row is not None
-    store.replicas.evict(row.id, asked=True)
+    store.replicas.evict(row.id, reason="asked")
 
 
 async def rename_away(store: Store, path: bytes) -> None:

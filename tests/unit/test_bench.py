@@ -12,6 +12,7 @@ from rich.console import Console
 
 from kvfs.errors import KvfsError
 from kvfs.tools.bench import drop_caches, filesystem_of, operations
+from kvfs.tools.bench_codec import codec_table, measure_codec
 from kvfs.tools.bench_load import LOOPS, Lap, Share, Workers, shares_of, wall_s
 from kvfs.tools.bench_mounts import Target, resident_bytes
 from kvfs.tools.bench_report import (
@@ -186,3 +187,12 @@ def test_names_are_as_long_as_a_hash_and_differ() -> None:
     names = {block_name(number) for number in range(10_000)}
     assert len(names) == 10_000
     assert {len(name) for name in names} == {36}
+
+
+def test_the_codec_has_a_row_with_and_without_planes() -> None:
+    rows = measure_codec(1)
+    assert [row.plane_split for row in rows] == [False, True]
+    assert 1.2 < rows[0].ratio < 1.35 < rows[1].ratio < 1.5
+    assert all(min(row.compress_bytes_per_s, row.decompress_bytes_per_s) > 0 for row in rows)
+    assert codec_table(rows).row_count == 2
+    assert rows[1].document()["plane_split"] is True

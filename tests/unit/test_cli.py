@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvfs import __version__, control
+from kvfs import __version__, control, mount_table
 from kvfs.control import Message, Progress, Reply, Request, error_answer
 from kvfs.errors import BlockNotFound, KvfsError, NotPermitted
+from kvfs.prefix import KvfsScheme, block_paths
 from kvfs.tools.cli import app, run
 from kvfs.tools.status_cmd import problems
 from tests.fake_daemon import FakeDaemon
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 Results = dict[str, Any]
+
+MATCH = ("match", "/missing", "--namespace", "/elsewhere", "--block-tokens", "4", "--scheme")
 
 
 def tier(name: str, **changes: Any) -> dict[str, Any]:
@@ -35,6 +39,9 @@ def tier(name: str, **changes: Any) -> dict[str, Any]:
         "used_bytes": 2**40,
         "reserved_bytes": 0,
         "held_bytes": 0,
+        "quarantine_bytes": 0,
+        "quarantine_files": 0,
+        "saved_bytes": 0,
         "free_bytes": 2**40,
         "blocks": 12345,
         "state": "online",
@@ -50,6 +57,11 @@ def tier(name: str, **changes: Any) -> dict[str, Any]:
         "moved_out_bytes": 0,
     }
     return document | changes
+
+
+def scrub_of(name: str, **changes: Any) -> dict[str, Any]:
+    never = {"after": 0, "blocks": 0, "size_bytes": 0, "bad": 0, "started_s": 0, "finished_s": 0}
+    return {"tier": name, **never, **changes}
 
 
 def stats(**changes: Any) -> dict[str, Any]:
@@ -68,6 +80,7 @@ def stats(**changes: Any) -> dict[str, Any]:
         "unsealed": 3,
         "tiers": [tier("nvme"), tier("hdd", hit_share=0.004)],
         "moves": {"running": [], "queued": 0},
+        "scrub": {"at": "", "rate": 0, "passes": [scrub_of("nvme"), scrub_of("hdd")]},
         "counters": {"seals": 5},
     }
     return document | changes
@@ -78,6 +91,7 @@ BLOCK = {
     "size_bytes": 2 * 2**20,
     "tier": "nvme",
     "replicas": ["nvme", "hdd"],
+    "codecs": ["raw", "zstd"],
     "heat": 1.75,
     "state": "sealed",
     "pinned": True,
@@ -114,10 +128,10 @@ class Mounted:
 
 def claim_mounts(monkeypatch: pytest.MonkeyPatch, *mountpoints: Path) -> None:
     entries = [
-        control._MountEntry(os.fsencode(mountpoint), b"/", control.FSTYPE)
+        mount_table.MountEntry(os.fsencode(mountpoint), b"/", control.FSTYPE)
         for mountpoint in mountpoints
     ]
-    monkeypatch.setattr(control, "_mount_entries", lambda: entries)
+    monkeypatch.setattr(mount_table, "entries", lambda: entries)
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +169,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
         (["umount", "m", "--timeout", "soon"], 2, "--timeout: 'soon' is not a time"),
         (["fsck", "--rebuild"], 2, "--rebuild works on unmounted tiers"),
         (["fsck", "m", "--config", "c"], 2, "exclude each other"),
+        (["scrub", "--rate", "fast"], 2, "--rate: "),
         (["doctor", "m", "--config", "c"], 2, "exclude each other"),
         (["mount", "m", "--config", "c", "--tier", "nvme=/a"], 2, "exclude each other"),
         (["mount", "m", "--foreground", "--log-file", "l"], 2, "leave out --log-file"),
@@ -165,6 +180,15 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
         (["config", "check", "/missing/c"], 3, "/missing/c: cannot be read"),
         (["info", "/elsewhere"], 5, "/elsewhere is not inside a kvfs mount"),
         (["pin", "/elsewhere"], 5, "/elsewhere is not inside a kvfs mount"),
+        (["match", "-", "--scheme", "rot13"], 2, "--scheme"),
+        ([*MATCH, "vllm-sha256", "--block-tokens", "0"], 2, "--block-tokens"),
+        ([*MATCH, "vllm-sha256", "--name", "{}"], 2, "--name means nothing to --scheme vllm"),
+        ([*MATCH, "sglang", "--name", "{}", "--blocks-per-chunk", "2"], 2, "--blocks-per-chunk"),
+        ([*MATCH, "sglang"], 2, "--name is missing; for example {}_MODEL_0_1.bin"),
+        ([*MATCH, "lmcache", "--name", "a.data"], 2, "'a.data' is not a file name with {}"),
+        ([*MATCH, "kvfs"], 2, "--fingerprint is missing"),
+        ([*MATCH, "vllm-sha256", "--lora", "sql"], 2, "--lora: write NAME=PATH"),
+        ([*MATCH, "vllm-sha256"], 5, "/elsewhere is not inside a kvfs mount"),
         (["evict", "/else\nwhere"], 5, r"/else\nwhere is not inside a kvfs mount"),
         (["status", "/elsewhere"], 5, "/elsewhere is not inside a kvfs mount"),
         (["tier", "init", "/missing/tier"], 4, "/missing/tier: no such directory"),
@@ -254,7 +278,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert {command.name for command in app.registered_commands} == {
         *("mount", "umount", "status", "info", "ls", "heat", "pin", "unpin", "promote", "demote"),
-        *("evict", "fsck", "replay", "doctor"),
+        *("evict", "fsck", "scrub", "quarantine", "replay", "doctor", "match", "serve"),
     }
     for verb in [command.name for command in app.registered_commands] + ["tier", "config"]:
         assert f" {verb} " in shown
@@ -352,6 +376,41 @@ def test_a_name_in_an_error_is_shown_as_in_a_table(
     assert capsys.readouterr().err == "kvfs: /nowhere/a\\nb\\xff is not inside a kvfs mount\n"
 
 
+def test_status_shows_quarantine_and_scrubs(
+    mounted: Mounted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiers = [tier("nvme"), tier("hdd", quarantine_files=2, quarantine_bytes=2**20)]
+    passes = [
+        scrub_of("nvme", blocks=1234, started_s=1.0, finished_s=2.0),
+        scrub_of("hdd", blocks=5, bad=1, started_s=1.0),
+    ]
+    shown = []
+    for at in ("", "hdd"):
+        scrub = {"at": at, "rate": 0, "passes": passes}
+        mounted.results["status"] = stats(tiers=tiers, scrub=scrub)
+        assert run(["status"]) == 0
+        shown.append(capsys.readouterr().out.splitlines())
+    assert "quarantine of hdd: 2 files, 1 MiB" in shown[0]
+    finished = "scrub of nvme: 1,234 blocks, 0 bad, finished "
+    assert any(line.startswith(finished) for line in shown[0])
+    assert "scrub of hdd: 5 blocks, 1 bad, not finished" in shown[0]
+    assert "scrub of hdd: 5 blocks, 1 bad, under way" in shown[1]
+    assert not any("quarantine of nvme" in line for line in shown[0])
+    assert run(["tier", "list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert "Quarantine" in listed[0].split()
+    assert listed[2].split()[-6:-4] == ["1", "MiB"]
+
+
+def test_status_says_what_compression_saves(
+    mounted: Mounted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mounted.results["status"] = stats(tiers=[tier("nvme"), tier("hdd", saved_bytes=3 * 2**30)])
+    assert run(["status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "compression" in line] == ["compression on hdd saves 3 GiB"]
+
+
 def test_status_says_first_what_is_wrong(
     mounted: Mounted, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -428,14 +487,15 @@ def test_info_shows_a_name_that_no_terminal_can(
     shown = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     cells = {name: value.strip() for name, value in shown.items()}
     assert cells["path"] == r"m/\xff\n.bin"
-    assert cells["replicas"] == "nvme, hdd"
+    assert cells["replicas"] == "nvme, hdd (zstd)"
     assert cells["pinned"] == "to nvme"
     assert cells["why"] == BLOCK["why"]
 
 
 def test_info_of_a_directory(mounted: Mounted, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = dict.fromkeys(("tier", "heat", "state", "pin", "checksum"))
-    directory = BLOCK | nothing | {"kind": "directory", "replicas": [], "path": b""}
+    without = {"kind": "directory", "replicas": [], "codecs": [], "path": b""}
+    directory = BLOCK | nothing | without
     mounted.results["info"] = directory
     assert run(["info", str(mounted.mountpoint)]) == 0
     assert "by a directory above it" in capsys.readouterr().out
@@ -516,6 +576,139 @@ def test_skipped_blocks_are_named_and_fail(
     assert lines[5].startswith("kvfs: skipped 2 more")
 
 
+# --- match ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(mounted: Mounted) -> Path:
+    """A directory of the mount with blocks 0, 1, 2 and 4 of the prompt 0, 1, 2, ... 21."""
+    directory = mounted.mountpoint / "mine"
+    paths = block_paths(KvfsScheme(4, "model"), os.fsencode(directory), range(22))
+    for number, path in enumerate(paths):
+        if number != 3:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            Path(os.fsdecode(path)).touch()
+            if number != 1:
+                os.setxattr(path, "user.kvfs.tier", b"hdd" if number else b"nvme")
+
+    def lookup(request: Request) -> Results:
+        there = [os.path.exists(mounted.mountpoint / os.fsdecode(p)) for p in request.args["paths"]]
+        found = [*there, False].index(False)
+        at = bytes([0, 1, 1, 1, 1][:found])
+        return {"found": found, "stopped": "missing", "tiers": ["nvme", "hdd"], "at": at}
+
+    mounted.results["lookup"] = lookup
+    return directory
+
+
+def matching(namespace: Path, tokens: Path | str) -> list[str]:
+    options = ["--scheme", "kvfs", "--fingerprint", "model", "--block-tokens", "4"]
+    return ["match", str(tokens), "--namespace", str(namespace), *options]
+
+
+@pytest.mark.parametrize("text", ["[{}]", "{}\n", " {},\n"])
+def test_match_ends_at_the_first_block_that_is_missing(
+    cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    file = tmp_path / "tokens"
+    separator = " " if text.endswith("}\n") else ", "
+    file.write_text(text.format(separator.join(map(str, range(22)))))
+    fourth = list(block_paths(KvfsScheme(4, "model"), b"mine", range(22)))[3]
+    document = run_json(capsys, *matching(cached, file))
+    assert document == {
+        "scheme": "kvfs",
+        "namespace": "mine",
+        "block_tokens": 4,
+        "tokens": 22,
+        "blocks": 5,
+        "hit_tokens": 12,
+        "hit_blocks": 3,
+        "tiers": [
+            {"tier": "nvme", "blocks": 1, "tokens": 4},
+            {"tier": "hdd", "blocks": 2, "tokens": 8},
+        ],
+        "first_missing": fourth.decode(),
+    }
+    assert run(matching(cached, file)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "12 of 22 tokens are cached: 3 of 5 blocks of 4 tokens"
+    assert [line.split() for line in lines[2:4]] == [["nvme", "1", "4"], ["hdd", "2", "8"]]
+    assert lines[4] == f"the first that is not: {fourth.decode()}"
+
+
+def test_match_looks_for_the_files_where_the_daemon_cannot_be_asked(
+    cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, expect_log: list[str],
+) -> None:  # fmt: skip
+    expect_log.append("plain files of .* are used instead")
+    monkeypatch.setenv(control.SOCKET_ENV, str(tmp_path / "nowhere"))
+    file = tmp_path / "tokens"
+    file.write_text(" ".join(map(str, range(22))))
+    found = run_json(capsys, *matching(cached, file))
+    assert [row["tier"] for row in found["tiers"]] == ["nvme", None, "hdd"]
+    assert found["hit_blocks"] == 3
+
+
+def test_match_of_nothing_and_of_everything(
+    cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("1 2 3 4")
+    assert run(matching(cached, file)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "0 of 4 tokens are cached: 0 of 1 blocks of 4 tokens"
+    assert len(lines) == 2
+    file.write_text("0 1 2 3 9")
+    assert run_json(capsys, *matching(cached, file))["first_missing"] is None
+    file.write_text("")
+    assert run_json(capsys, *matching(cached, file))["blocks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 two 3", "'two' is not a token id"),
+        ("1 -2", "'-2' is not a token id"),
+        ("1 2.0", "'2.0' is not a token id"),
+        ("9" * 5000, f"'{'9' * 40}' is not a token id"),
+        ("[1, 2", "begins like a JSON list"),
+        ("[" * 100_000, "begins like a JSON list"),
+        ('[1, "2", 3, 4]', "'2' is not a token id"),
+        ("[1, 2, 3, 4294967296]", "above the largest token id"),
+    ],
+)
+def test_match_refuses_what_are_no_tokens(
+    cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(text)
+    assert run(matching(cached, file)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_match_needs_a_directory_and_a_file(
+    cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(matching(cached / "missing", tmp_path / "tokens")) == 8
+    assert run(matching(cached, tmp_path / "tokens")) == 8
+    (tmp_path / "mnt/file").touch()
+    assert run(matching(tmp_path / "mnt/file", tmp_path / "tokens")) == 2
+    assert [line.split(": ")[-1] for line in capsys.readouterr().err.splitlines()] == [
+        "No such file or directory",
+        "No such file or directory",
+        "name the directory of the engine's blocks",
+    ]
+
+
+def test_match_reads_tokens_from_stdin(
+    cached: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"0 1 2 3 4")))
+    assert run_json(capsys, *matching(cached, "-"))["hit_tokens"] == 4
+
+
 # --- tiers, fsck, configuration ---------------------------------------------------------------
 
 
@@ -584,6 +777,64 @@ def test_fsck_exit_codes(mounted: Mounted, capsys: pytest.CaptureFixture[str]) -
         {"repair": False},
         {"repair": False},
         {"repair": True},
+    ]
+
+
+SCRUBBED = {
+    "checked": 1234, "bytes": 2**30, "bad": 0, "unreadable": 0, "resumed": False, "named": [],
+    "offline": [],
+}  # fmt: skip
+
+
+def test_scrub_says_what_it_found(mounted: Mounted, capsys: pytest.CaptureFixture[str]) -> None:
+    mounted.results["scrub"] = SCRUBBED
+    assert run(["scrub"]) == 0
+    assert capsys.readouterr().out == "scrubbed 1,234 copies, read 1 GiB: all sound\n"
+    named = [{"path": b"m/x", "tier": "hdd", "what": "it has not the checksum"}]
+    found = {"bad": 1, "unreadable": 2, "resumed": True, "named": named, "offline": ["remote"]}
+    mounted.results["scrub"] = SCRUBBED | found
+    assert run(["scrub", str(mounted.mountpoint / "m")]) == 1
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert lines[1].split() == ["hdd", "it", "has", "not", "the", "checksum", "m/x"]
+    assert lines[2].startswith("scrubbed 1,234 copies (with what an earlier scrub had checked)")
+    assert "1 bad: `kvfs quarantine` lists them, 2 unreadable: check the disk" in lines[2]
+    assert shown.err == "kvfs: tier remote is offline: not scrubbed\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "args"),
+    [
+        ([], {"tier": None, "rate": 0, "restart": False}),
+        (["--rate", "100MiB/s"], {"tier": None, "rate": 100 * 2**20, "restart": False}),
+        (["--rate", "5000"], {"tier": None, "rate": 5000, "restart": False}),
+        (["--tier", "hdd", "--restart"], {"tier": "hdd", "rate": 0, "restart": True}),
+    ],
+)
+def test_scrub_asks_for_what_was_given(
+    mounted: Mounted, options: list[str], args: dict[str, Any]
+) -> None:
+    mounted.results["scrub"] = SCRUBBED
+    assert run(["scrub", str(mounted.mountpoint / "m/x"), *options, "--json"]) == 0
+    assert mounted.asked == [("scrub", {**args, "path": b"m/x"})]
+
+
+def test_the_quarantine_is_listed_and_purged(
+    mounted: Mounted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = {"tier": "hdd", "name": b"1.size.x", "path": b"m/x", "reason": "size",
+            "size_bytes": 4096, "at": 0.0}  # fmt: skip
+    mounted.results["quarantine"] = {"files": [file], "bytes": 4096}
+    assert run(["quarantine"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[0] == "hdd"
+    assert lines[1].split()[-4:] == ["size", "4", "KiB", "m/x"]
+    assert lines[2] == "1 files, 4 KiB"
+    assert run(["quarantine", "--tier", "hdd", "--purge"]) == 0
+    assert capsys.readouterr().out.endswith("1 files, 4 KiB removed\n")
+    assert [args for _, args in mounted.asked] == [
+        {"tier": None, "purge": False},
+        {"tier": "hdd", "purge": True},
     ]
 
 

@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -25,6 +26,8 @@ from kvfs.codec import (
     CompressedInfo,
     compress_file,
     open_compressed,
+    read_header,
+    recompress,
 )
 from kvfs.errors import BlockCorrupt
 
@@ -119,6 +122,43 @@ def test_round_trip(
             offset = data.draw(st.integers(0, len(content) + 10))
             size = data.draw(st.integers(0, len(content) + 10))
             assert block.read(offset, size) == content[offset : offset + size]
+
+
+@given(st.lists(parts, max_size=3), st.booleans(), st.booleans())
+def test_what_is_recompressed_is_as_if_compressed_from_the_block(
+    pieces: list[tuple[str, int, int]], before: bool, after: bool
+) -> None:
+    content = made_of(pieces)
+    info, file = compressed(content, plane_split=before)
+    if info is None:
+        return
+    with file_of(file) as source, file_of() as target:
+        block = open_compressed(source)
+        again = recompress(block, target, plane_split=after)
+        assert (again, content_of(target)) == compressed(content, plane_split=after)
+
+
+def test_direct_reads_are_of_whole_pages(tmp_path: Path) -> None:
+    content = KV[:300_001]
+    info, file = compressed(content)
+    assert info is not None
+    path = tmp_path / "block"
+    path.write_bytes(file)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        pytest.skip("this filesystem has no O_DIRECT")
+    try:
+        header = read_header(descriptor)
+        assert (header.size_bytes, header.file_bytes) == (len(content), len(file))
+        block = open_compressed(descriptor)
+        assert block.read(0, len(content)) == content
+        assert block.read(70_000, 1) == content[70_000:70_001]
+        os.truncate(path, len(file) - HEADER_BYTES)
+        with pytest.raises(BlockCorrupt):
+            block.read(len(content) - 1, 1)
+    finally:
+        os.close(descriptor)
 
 
 def test_progress_counts_the_bytes_of_the_block() -> None:

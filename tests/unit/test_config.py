@@ -157,6 +157,8 @@ def test_order_comes_from_the_file_whatever_the_media(tmp_path: Path) -> None:
         ('"20TB"', "[1]", "tier[1].capacity: must be more than 0"),
         ('"20TB"', "99999999999999999999", "is more than 8 EiB"),
         ('"hdd"', '"tape"', "tier[1].medium: must be one of nvme, hdd, remote"),
+        ('"20TB"', '"1TB"\ncompress = "lz4"', "tier[1].compress: must be one of none, zstd, zstd-"),
+        ('"2TiB"', '"1TB"\ncompress = "zstd"', "tier[0].compress: is for hdd and remote"),
         ('"disk"', '"nvme"', "tier[1].name: nvme is the name of tier[0] as well"),
         ('"disk"', '"a b"', "tier[1].name: must be 1 to 32 of"),
         ('"disk"', '"disk\\n"', "tier[1].name: must be 1 to 32 of"),
@@ -195,6 +197,13 @@ def test_a_bad_tier_is_refused(tmp_path: Path, old: str, new: str, message: str)
         ("[tiering]\nlow_watermark = 0.95", "tiering.low_watermark: needs 0 < low < high <= 1"),
         ("[tiering]\nhigh_watermark = '95%'", "tiering.high_watermark: expected float, got str"),
         ("[tiering]\non_full = 'panic'", "tiering.on_full: must be one of evict, refuse"),
+        (
+            "[tiering]\nverify = 'sometimes'",
+            "tiering.verify: must be one of first-open, after-crash, always, never",
+        ),
+        ("[tiering]\nunfinished = 'keep'", "tiering.unfinished: must be one of remove, quarantine"),
+        ("[tiering]\nscrub_rate = 'fast'", "tiering.scrub_rate: "),
+        ("[tiering]\nquarantine_ttl = 0", "tiering.quarantine_ttl: "),
         ("[tiering]\nkeep = ['']", "tiering.keep[0]: expected str of length >= 1"),
         ("[tiering]\nkeep = 'x'", "tiering.keep: expected array, got str"),
         ("[tiering]\nquiet_uids = [-1]", "tiering.quiet_uids[0]: expected int >= 0"),
@@ -302,6 +311,7 @@ def test_a_tier_option() -> None:
         "cold=/mnt/b,b,medium=hdd,capacity=10GB,concurrency=2,deadline=3s,low_watermark=0.5"
     ) == TierConfig("cold", Path("/mnt/b,b"), "hdd", 10**10, 2, 3.0, low_watermark=0.5)
     assert parse_tier_option("hdd=/a,capacity=1GB,medium=remote").medium == "remote"
+    assert parse_tier_option("hdd=/a,capacity=1GB,compress=zstd-planes").compress == "zstd-planes"
 
 
 def test_a_tier_option_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +382,7 @@ def test_what_the_default_tier_holds_counts_as_free(
 def test_what_is_shown_is_json_with_the_keys_of_the_file(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, TWO_TIERS))
     shown = json.loads(json.dumps(config_to_builtins(config)))
-    assert list(shown) == ["tier", "tiering", "mount", "source"]
+    assert list(shown) == ["tier", "tiering", "mount", "source", "leases"]
     assert shown["tier"][0]["capacity"] == 2 * 2**40
     assert shown["tier"][1]["path"] == "/mnt/b"
     assert shown["tiering"]["half_life"] == 120.0

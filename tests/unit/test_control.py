@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs import control, errors
+from kvfs import control, errors, mount_table
 from kvfs.control import (
     INLINE_BYTES,
     MAX_BODY_BYTES,
@@ -363,8 +363,8 @@ MOUNTINFO = rb"""22 1 0:20 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 def mountinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mountinfo"
     path.write_bytes(MOUNTINFO)
-    entries = control._mount_entries(path)
-    monkeypatch.setattr(control, "_mount_entries", lambda: entries)
+    entries = mount_table.entries(path)
+    monkeypatch.setattr(mount_table, "entries", lambda: entries)
     monkeypatch.delenv(control.SOCKET_ENV, raising=False)
 
     def getxattr(mountpoint: bytes, name: str) -> bytes:

@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from kvfs.config import TierConfig
+from kvfs.gpu.probe import Probe
 from kvfs.tools import doctor_cmd
 from kvfs.tools.cli import run
 from kvfs.tools.doctor_checks import (
@@ -16,6 +18,7 @@ from kvfs.tools.doctor_checks import (
     allow_other,
     fuse_device,
     fusermount,
+    gpu,
     kernel,
     privileges,
     tier_findings,
@@ -68,10 +71,26 @@ def test_without_fusermount_only_root_mounts(
     assert fusermount().state == state
 
 
+def test_what_is_said_of_a_gpu() -> None:
+    none = gpu(Probe(problem="there is no NVIDIA driver"))
+    assert (none.state, none.detail) == (
+        "ok", "none: there is no NVIDIA driver; engines load blocks into the host's memory",
+    )  # fmt: skip
+    found = Probe(cuda="13.0", devices=("H200",), cufile="1.20")
+    unused = gpu(replace(found, problem="kvikio cannot be imported: install kvfs[gpu]"))
+    assert (unused.state, unused.cost) == ("warn", "engines here cannot load blocks into the GPU")
+    through_host = gpu(replace(found, compat_because="/run/udev cannot be read"))
+    assert through_host.state == "warn"
+    assert "/run/udev" in through_host.detail
+    straight = gpu(replace(found, compat_because=""))
+    assert (straight.state, straight.detail) == ("ok", "H200, CUDA 13.0, cuFile 1.20")
+
+
 def test_a_good_tier_is_probed_and_left_as_it_was(tmp_path: Path) -> None:
     findings = tier_findings(TierConfig("nvme", tmp_path, "nvme", 4096))
     checks = {"tier nvme", "tier nvme: O_DIRECT", "tier nvme: xattrs", "tier nvme: leases"}
-    assert set(states(findings)) == checks | {"tier nvme: space"}
+    # Where there is a GPU, a read into it as well.
+    assert set(states(findings)) - {"tier nvme: gpu"} == checks | {"tier nvme: space"}
     assert states(findings)["tier nvme"] == "ok"
     assert os.listdir(tmp_path) == []
 

@@ -18,6 +18,7 @@ from kvfs.tools import engine_runner
 from kvfs.tools.engine_demo import (
     Check,
     check_load,
+    check_match,
     check_store,
     config_text,
     empty_directory,
@@ -92,6 +93,18 @@ def test_a_load_needs_every_full_block_and_the_same_tokens() -> None:
     assert held(check_load("run 2", first, first)) == [False, True]
     garbage = parse_run(answer(cached_tokens=1504, tokens=[8, 15, 63, 7]))
     assert held(check_load("run 2", garbage, first)) == [True, False]
+
+
+def test_a_match_needs_every_block_on_the_tier() -> None:
+    def found(*tiers: tuple[str, int]) -> dict[str, Any]:
+        rows = [{"tier": tier, "blocks": blocks} for tier, blocks in tiers]
+        return {"hit_blocks": sum(blocks for _, blocks in tiers), "blocks": 47, "tiers": rows}
+
+    assert check_match("run 1", found(("hdd", 47)), "hdd").held
+    assert not check_match("run 1", found(("hdd", 47)), "nvme").held
+    assert not check_match("run 1", found(("hdd", 46)), "hdd").held
+    assert not check_match("run 1", found(("hdd", 46), ("nvme", 1)), "hdd").held
+    assert not check_match("run 1", found(), "hdd").held
 
 
 def test_the_configuration_is_one_that_kvfs_accepts(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from kvfs import errors, metrics
 from kvfs.config import (
     Config,
+    LeasesConfig,
     Medium,
     MountConfig,
     TierConfig,
@@ -21,6 +22,7 @@ from kvfs.config import (
     load_config,
     reloadable_changes,
 )
+from kvfs.health import Refusal, State
 from kvfs.tools.cli import INTERRUPTED
 from kvfs.units import parse_duration
 
@@ -29,7 +31,9 @@ DOCUMENT = (ROOT / "docs" / "OPERATIONS.md").read_text()
 ROW = re.compile(r"^\| `(\w+)` \| (.+?) \| (yes|no) \|", re.MULTILINE)
 TIER = TierConfig("hdd", Path("/srv/hdd"), "hdd", 2**40)
 # A value of each key that is not the one of TIER.
-OTHER_TIER = TierConfig("disk", Path("/srv/disk"), "remote", 2**41, 3, 4.0, 0.8, 0.7, 5, 6)
+OTHER_TIER = TierConfig(
+    "disk", Path("/srv/disk"), "remote", 2**41, 3, 4.0, 0.8, 0.7, 5, 6, "none", "zstd"
+)
 
 
 def section(heading: str) -> str:
@@ -58,6 +62,7 @@ def literals(heading: str) -> str:
         ("### `[[tier]]`", TierConfig),
         ("### `[tiering]`", TieringConfig),
         ("### `[mount]`", MountConfig),
+        ("### `[leases]`", LeasesConfig),
     ],
 )
 def test_every_key_is_documented_in_order(heading: str, kind: type[msgspec.Struct]) -> None:
@@ -69,6 +74,13 @@ def test_documented_defaults_of_tiering_are_the_defaults(tmp_path: Path) -> None
     tier = f'[[tier]]\nname = "a"\nmedium = "nvme"\npath = "{tmp_path}/a"\ncapacity = 1\n'
     file.write_text(f"{tier}[tiering]\n{literals('### `[tiering]`')}\n")
     assert load_config(file).tiering == TieringConfig()
+
+
+def test_documented_defaults_of_leases_are_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "kvfs.toml"
+    tier = f'[[tier]]\nname = "a"\nmedium = "nvme"\npath = "{tmp_path}/a"\ncapacity = 1\n'
+    file.write_text(f"{tier}[leases]\n{literals('### `[leases]`')}\n")
+    assert load_config(file).leases == LeasesConfig()
 
 
 def test_documented_defaults_of_mount_are_the_defaults() -> None:
@@ -108,6 +120,7 @@ def test_documented_live_keys_are_those_that_a_reload_applies() -> None:
         assert bool(applied) != bool(needs_remount), field.encode_name
     assert all(live for _, live in rows("### `[tiering]`").values())
     assert not any(live for _, live in rows("### `[mount]`").values())
+    assert all(live for _, live in rows("### `[leases]`").values())
 
 
 def test_every_exit_code_is_documented_once() -> None:
@@ -122,10 +135,14 @@ def test_every_exit_code_is_documented_once() -> None:
 
 def test_every_metric_is_documented() -> None:
     document = {
-        "blocks": 0, "directories": 0, "unsealed": 0, "uptime_s": 0, "counters": {},
+        "blocks": 0, "directories": 0, "unsealed": 0, "uptime_s": 0, "counters": {}, "incidents": [
+            {"event": "quarantined", "reason": "checksum", "tier": "a", "count": 1}
+        ],
+        "seal": {"lag_s": 0.0, "size_bytes": 0, "medium_bytes": 0, "seconds": 0.0},
+        "leases": dict.fromkeys(metrics.LEASE_GAUGES, 0),
         "tiers": [
             dict.fromkeys((*metrics.TIER_GAUGES, *metrics.TIER_COUNTERS), 0)
-            | {"name": "a", "state": "online"}
+            | {"name": "a", "state": "online", "accepts": True}
         ],
     }  # fmt: skip
     text = metrics.prometheus_text(document).decode()
@@ -134,13 +151,30 @@ def test_every_metric_is_documented() -> None:
 
 
 def test_every_event_that_is_counted_is_documented() -> None:
-    counted = set(metrics.ALARMING_EVENTS)
+    counted = {*metrics.ALARMING_EVENTS, "opens_passthrough", "opens_served", "opens_control"}
     for folder in ("kvfs", "mount"):
         for module in (ROOT / folder).glob("*.py"):
-            counted |= set(re.findall(r"\.count\(\"(\w+)\"", module.read_text()))
+            called = r"\.(?:count|note|overlook)\(\s*\"(\w+)\""
+            counted |= set(re.findall(called, module.read_text()))
             counted |= set(re.findall(r"_discard\([^)\n]*, \"(\w+)\"", module.read_text()))
     table = section("## Metrics").split("| event |", 1)[1].split("\n\n", 1)[0]
-    assert counted == set(re.findall(r"`(\w+)`", table)) - {"tmp_ttl"}
+    events = " ".join(re.findall(r"^\| (.+?) \|", table, re.MULTILINE))
+    assert counted == set(re.findall(r"`(\w+)`", events))
+
+
+def test_every_reason_is_documented() -> None:
+    given = {
+        kind.reason
+        for _, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.KvfsError)
+    } | {"catalog", "bug", *get_args(State), *get_args(Refusal)} - {""}
+    for folder in ("kvfs", "mount"):
+        for module in (ROOT / folder).glob("*.py"):
+            given |= set(re.findall(r"\breason=\"(\w+)\"", module.read_text()))
+    table = section("## Metrics").split("| reason |", 1)[1].split("\n\n", 1)[0]
+    assert {reason for reason in given if not reason.startswith("E")} == set(
+        re.findall(r"`([\w-]+)`", table)
+    )
 
 
 def test_links_into_the_document_lead_somewhere() -> None:

@@ -98,6 +98,33 @@ def test_copies_of_blocks_above_are_found_among_the_coldest_too() -> None:
     assert steps(plan(view, SETTINGS)) == [("drop", 2, 1, None)]
 
 
+def test_what_leaves_passes_by_a_tier_that_takes_nothing_now() -> None:
+    tiers = [tier(0, 960), replace(tier(1, 0), accepts=False), tier(2, 0)]
+    made = plan(snapshot(tiers, [block(1, 0, size=60)]), SETTINGS)
+    assert steps(made) == [("demote", 1, 0, 2)]
+
+
+def test_nothing_is_evicted_because_the_tier_below_takes_nothing_now() -> None:
+    tiers = [tier(0, 960), replace(tier(1, 0), accepts=False)]
+    made = plan(snapshot(tiers, [block(1, 0, size=60)]), SETTINGS)
+    assert steps(made) == []
+    assert "hdd takes nothing new now" in made.notes
+
+
+def test_nothing_is_promoted_to_a_tier_that_takes_nothing_now() -> None:
+    tiers = [replace(tier(0, 0), accepts=False), tier(1, 0), tier(2, 0)]
+    made = plan(snapshot(tiers, [block(1, 2, heat=9)]), SETTINGS)
+    assert steps(made) == [("promote", 1, 2, 1)]
+
+
+def test_a_read_only_tier_keeps_what_it_has_and_is_still_promoted_from() -> None:
+    tiers = [tier(0, 0), replace(tier(1, 960), accepts=False, read_only=True), tier(2, 0)]
+    blocks = [block(1, 1, heat=9), block(2, 1, heat=0.1, size=60)]
+    made = plan(snapshot(tiers, blocks), SETTINGS)
+    assert steps(made) == [("promote", 1, 1, 0)]
+    assert "hdd is read-only: nothing moves off it" in made.notes
+
+
 def test_the_last_tier_evicts_coldest_first_and_spares_what_is_to_be_kept() -> None:
     blocks = [block(inode, 0, heat=inode, keep=inode == 1) for inode in range(1, 20)]
     made = plan(snapshot([tier(0, 960)], blocks), SETTINGS)

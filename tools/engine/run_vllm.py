@@ -6,8 +6,8 @@ answers one JSON line per run; whatever vLLM prints goes to standard error. kvfs
 starts it inside the engine's own environment. It never imports kvfs.
 
 request: {"model": DIRECTORY, "store": DIRECTORY}
-answer:  {"exit_status": 0, "rss_bytes": N, "prompt_tokens": N, "cached_tokens": N, "tokens": [...],
-          "blocks": N, "block_bytes": [N], "start_s": S, "generate_s": S}
+answer:  {"exit_status": 0, "rss_bytes": N, "prompt": [...], "prompt_tokens": N, "cached_tokens": N,
+          "tokens": [...], "blocks": N, "block_bytes": [N], "start_s": S, "generate_s": S}
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def run(model: str, store: str) -> dict[str, Any]:
     engine.llm_engine.engine_core.shutdown()
     blocks = stored_blocks(store)
     return {
+        "prompt": list(answer.prompt_token_ids),
         "prompt_tokens": len(answer.prompt_token_ids),
         "cached_tokens": answer.num_cached_tokens,
         "tokens": list(answer.outputs[0].token_ids),

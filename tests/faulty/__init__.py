@@ -1,0 +1,1 @@
+"""A filesystem that fails when a test says so: a tier for the tests of faults."""

@@ -1,0 +1,1 @@
+UPDATE inode SET ttl_s = 1e400

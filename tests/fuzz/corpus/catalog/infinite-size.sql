@@ -1,0 +1,1 @@
+UPDATE replica SET allocated_bytes = -1e400

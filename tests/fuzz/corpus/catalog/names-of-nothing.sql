@@ -1,0 +1,1 @@
+UPDATE dirent SET inode = inode + 1000

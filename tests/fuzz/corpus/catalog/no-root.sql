@@ -1,0 +1,1 @@
+DELETE FROM inode WHERE id = 1

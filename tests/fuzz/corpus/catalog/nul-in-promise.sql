@@ -1,0 +1,1 @@
+UPDATE intent SET path = X'6100' WHERE kind = 'unlink'

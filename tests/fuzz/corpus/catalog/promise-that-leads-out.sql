@@ -1,0 +1,1 @@
+UPDATE intent SET path = X'2E2E2F2E2E2F746D70'

@@ -1,0 +1,1 @@
+UPDATE intent SET kind = 'rename'

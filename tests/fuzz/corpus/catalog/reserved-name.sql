@@ -1,0 +1,1 @@
+UPDATE dirent SET name = X'2E6B766673' WHERE name = X'746F70'

@@ -1,0 +1,1 @@
+UPDATE inode SET kind = 1 WHERE id = 1

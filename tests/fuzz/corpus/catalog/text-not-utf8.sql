@@ -1,0 +1,1 @@
+UPDATE meta SET value = CAST(X'ff' AS TEXT)

@@ -1,0 +1,1 @@
+UPDATE replica SET tier = 77

@@ -1,0 +1,1 @@
+UPDATE tier SET uuid = number || 'x'

@@ -1,0 +1,1 @@
+UPDATE inode SET state = 9 WHERE kind = 1

@@ -1,0 +1,1 @@
+UPDATE inode SET uid = -1, gid = 4294967296
