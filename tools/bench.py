@@ -14,6 +14,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from kvfs.errors import KvfsError, TierError, exit_code_of
 from kvfs.gpu.probe import probe
 from kvfs.tools import bench_scale
+from kvfs.tools.bench_client import ClientRow, client_table, measure_client
 from kvfs.tools.bench_codec import CodecRow, codec_table, measure_codec
 from kvfs.tools.bench_gpu import measure_gpu
 from kvfs.tools.bench_hang import HangRow, hang_table, measure_hang
@@ -269,19 +271,50 @@ def run_bench(
     return results, {**facts, "load_after": round(os.getloadavg()[0], 2)}
 
 
-def print_results(
-    results: Sequence[Samples], checks: Sequence[CheckRow], codec: Sequence[CodecRow],
-    hang: Sequence[HangRow], onboarding: Sequence[OnboardRow], facts: Mapping[str, Any],
-) -> None:  # fmt: skip
-    typer.echo("Speed as a ratio to raw, higher is faster\n")
-    show(speed_table(results))
-    more = [checks_table(checks), codec_table(codec), onboard_table(onboarding)]
-    if hang:
-        more.append(hang_table(hang))
-    for view in (cpu_table(results), *more):
-        typer.echo("")
-        show(view)
-    typer.echo("\nmedians; " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+@dataclass(frozen=True)
+class Figures:
+    """What was measured, each part in a run of its own."""
+
+    speed: Sequence[Samples]
+    facts: Mapping[str, Any]
+    checks: Sequence[CheckRow]
+    codec: Sequence[CodecRow]
+    hang: Sequence[HangRow]
+    client: Sequence[ClientRow]
+    onboarding: Sequence[OnboardRow]
+
+    def show(self) -> None:
+        typer.echo("Speed as a ratio to raw, higher is faster\n")
+        show(speed_table(self.speed))
+        views = [
+            cpu_table(self.speed), checks_table(self.checks), codec_table(self.codec),
+            client_table(self.client), onboard_table(self.onboarding),
+        ]  # fmt: skip
+        if self.hang:
+            views.append(hang_table(self.hang))
+        for view in views:
+            typer.echo("")
+            show(view)
+        typer.echo("\nmedians; " + ", ".join(f"{name} {it}" for name, it in self.facts.items()))
+
+    def document(self) -> dict[str, Any]:
+        parts = ("checks", "codec", "hang", "client", "onboarding")
+        return document(self.speed, self.facts) | {
+            part: [row.document() for row in getattr(self, part)] for part in parts
+        }
+
+
+def measure(scratch: Path | None, rounds: int, *, quick: bool, console: Console) -> Figures:
+    """Everything. Raises KvfsError."""
+    speed, facts = run_bench(scratch, rounds, quick=quick, console=console)
+    checks = measure_checks(scratch, rounds)
+    codec = measure_codec(rounds)
+    hang = measure_hang(scratch, rounds)
+    client = measure_client(scratch, rounds)
+    onboarding = measure_onboarding(scratch, rounds)
+    if probe().usable:
+        onboarding += measure_gpu(scratch, rounds)
+    return Figures(speed, facts, checks, codec, hang, client, onboarding)
 
 
 def main(
@@ -306,24 +339,13 @@ def main(
     console = Console(stderr=True, markup=False, highlight=False)
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     try:
-        results, facts = run_bench(scratch, rounds, quick=quick, console=console)
-        checks = measure_checks(scratch, rounds)
-        codec = measure_codec(rounds)
-        hang = measure_hang(scratch, rounds)
-        onboarding = measure_onboarding(scratch, rounds)
-        if probe().usable:
-            onboarding += measure_gpu(scratch, rounds)
+        figures = measure(scratch, rounds, quick=quick, console=console)
     except KvfsError as error:
         sys.stderr.write(f"bench: {error}\n")
         raise typer.Exit(exit_code_of(error)) from None
-    print_results(results, checks, codec, hang, onboarding, facts)
+    figures.show()
     if json_file is not None:
-        figures = document(results, facts)
-        figures |= {"checks": [row.document() for row in checks]}
-        figures |= {"codec": [row.document() for row in codec]}
-        figures |= {"hang": [row.document() for row in hang]}
-        figures |= {"onboarding": [row.document() for row in onboarding]}
-        json_file.write_text(json_text(figures) + "\n")
+        json_file.write_text(json_text(figures.document()) + "\n")
 
 
 if __name__ == "__main__":

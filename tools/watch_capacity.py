@@ -1,8 +1,8 @@
 """An outside witness of tier capacities: the most bytes each directory ever had allocated.
 
 Owns nothing of kvfs and asks it nothing: it walks the directories and adds up what the filesystem
-says each regular file occupies. `python -m kvfs.tools.watch_capacity TIERDIR... --json OUT` samples
-until SIGTERM or SIGINT, then writes OUT.
+says each regular file occupies. `python -m kvfs.tools.watch_capacity TIERDIR... --json OUT` makes
+OUT when it begins, samples until SIGTERM or SIGINT, and then writes OUT.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def main(
     ending = (signal.SIGTERM, signal.SIGINT)
     # Waited for instead of handled: a handler could run while its own event is locked.
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    json_file.write_bytes(b"")
     result = watch(
         [str(path) for path in directories],
         interval_ms / 1000,
