@@ -18,9 +18,11 @@ test: lint type ## lint, types and all tests
 	@tools/bootstrap.sh --tests
 	tools/test.sh
 
-soak: setup ## the torture tests, a hundred times longer: hours (ARGS='-k exerciser' for some)
+soak: setup ## the torture tests, FACTOR=100 times longer: hours (ARGS='-k exerciser' for some)
 	@tools/bootstrap.sh --tests
-	KVFS_SOAK=1 tools/test.sh -m soak --timeout=0 -o faulthandler_timeout=0 $(ARGS)
+	KVFS_SOAK=$(or $(FACTOR),100) tools/test.sh -m soak --timeout=0 -o faulthandler_timeout=0 \
+		--junitxml=.soak.xml $(ARGS); status=$$?; \
+		$(PYTHON) -m kvfs.tools.soak_report .soak.xml && exit $$status
 
 crash: setup ## kill the daemon N times at random moments under a load (N=20, SEED=)
 	@tools/bootstrap.sh --tests
@@ -48,6 +50,6 @@ engine-demo: setup ## stock vLLM stores and loads its blocks through a mount (6 
 	$(PYTHON) -m kvfs.tools.engine_demo
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-gpu build dist *.egg-info .demo .engine-demo .bench
+	rm -rf .soak.xml .venv .venv-gpu build dist *.egg-info .demo .engine-demo .bench
 	rm -rf .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,17 +1,21 @@
 """How long the long-running tests run: short in `make test`, many times longer in `make soak`.
 
-Such a test carries `@pytest.mark.soak` and takes its length from `longer`. `make soak` sets
-KVFS_SOAK and runs only these, without a time limit for each.
+Such a test carries `@pytest.mark.soak`, takes its length from `longer`, and says with pytest's
+`record_property` how much it did, for docs/RELIABILITY.md. `make soak` sets KVFS_SOAK to how many
+times as long they shall run, and runs only these, without a time limit for each.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
-SOAKING = os.environ.get("KVFS_SOAK", "0") not in ("", "0")
-FACTOR = 100
+FACTOR = int(os.environ.get("KVFS_SOAK") or 0)
+SOAKING = FACTOR > 0
+Did = Callable[[str, object], None]
+"""The type of `record_property`."""
 
 
 def longer(short: int) -> int:
-    """A count: as given, or in a soak a hundred times as much."""
+    """A count: as given, or in a soak so many times as much."""
     return short * FACTOR if SOAKING else short

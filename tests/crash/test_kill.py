@@ -38,9 +38,9 @@ from tests.crash.mounted import (
 )
 from tests.mount.live import call, config_in, live
 from tests.mounting import MountedKvfs, run_kvfs, wait_until
-from tests.soak import SOAKING
+from tests.soak import FACTOR, SOAKING, Did
 
-CYCLES = int(os.environ.get("KVFS_CRASH_CYCLES") or (1000 if SOAKING else 20))
+CYCLES = int(os.environ.get("KVFS_CRASH_CYCLES") or (10 * FACTOR if SOAKING else 20))
 CATALOG = ".kvfs/catalog.sqlite"
 
 
@@ -57,7 +57,7 @@ def mount(tmp_path: Path, expect_log: list[str]) -> Iterator[MountedKvfs]:
 @pytest.mark.soak
 @pytest.mark.timeout(60 + 30 * CYCLES)
 def test_what_a_rename_promised_survives_every_kill(
-    mount: MountedKvfs, expect_log: list[str]
+    mount: MountedKvfs, expect_log: list[str], record_property: Did
 ) -> None:
     # An unlink that was cut off: on the first tier the file goes before its row.
     expect_log.append("tier nvme lost 'load/")
@@ -81,6 +81,8 @@ def test_what_a_rename_promised_survives_every_kill(
         check_integrity(mount)
     assert published > 0
     assert load.cut_off > 0
+    record_property("kills", CYCLES)
+    record_property("blocks published", published)
 
 
 def test_files_written_under_their_final_names_are_whole_or_gone(mount: MountedKvfs) -> None:

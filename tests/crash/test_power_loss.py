@@ -29,7 +29,7 @@ from kvfs.mount.session import detach
 from tests.crash.mounted import SEED, check_integrity, in_background, pid_of
 from tests.mount.live import call, config_in, live, state
 from tests.mounting import MountedKvfs, has_ended, wait_until
-from tests.soak import longer
+from tests.soak import Did, longer
 
 Durability = Literal["none", "seal"]
 CYCLES = longer(1)
@@ -256,7 +256,7 @@ def boot(mount: MountedKvfs, made: list[Disk]) -> None:
 @pytest.mark.parametrize("durability", ["none", "seal"])
 @pytest.mark.semantics("S-power-1", "S-power-2", "S-power-3")
 def test_power_loss(
-    durability: Durability, kind: str, tmp_path: Path, expect_log: list[str]
+    durability: Durability, kind: str, tmp_path: Path, expect_log: list[str], record_property: Did
 ) -> None:
     # Whatever a disk did not get is a miss, and said to be.
     expect_log += ["tier (nvme|hdd) lost 'load", "(nvme|hdd): 'load.*: quarantined"]
@@ -270,6 +270,7 @@ def test_power_loss(
             mount = MountedKvfs(base, msgspec.structs.replace(config, tier=tuple(tiers)))
             with live(mount, expect_log):
                 check_after_power_loss(mount, made, durability, rng)
+    record_property("power losses", CYCLES)
 
 
 def check_after_power_loss(

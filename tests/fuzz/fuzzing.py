@@ -38,7 +38,7 @@ def replay(target: str) -> pytest.MarkDecorator:
 
 
 def fuzz(examples: int, *, costly: bool = False) -> Callable[[Test], Test]:
-    """So many inputs in `make test`, and a hundred times as many in `make soak`.
+    """So many inputs in `make test`, and many times as many in `make soak`.
 
     What is found with costly ones is not made smaller: that would take minutes.
     """

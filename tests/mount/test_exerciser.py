@@ -14,7 +14,7 @@ import pytest
 from kvfs.control import ControlClient, find_mount
 from tests.mount.live import TIERS, call, config_in, live, scratch
 from tests.mounting import MountedKvfs, check_accounts, run_kvfs
-from tests.soak import SOAKING, longer
+from tests.soak import SOAKING, Did, longer
 
 OPERATIONS = longer(5000)
 # A soak tries others each time; what fails says its seed.
@@ -53,7 +53,7 @@ def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.mark.soak
 def test_whatever_is_done_to_files_has_its_effect_and_no_other(
-    mount: MountedKvfs, tmp_path: Path
+    mount: MountedKvfs, tmp_path: Path, record_property: Did
 ) -> None:
     manifests = {seed: tmp_path / f"manifest-{seed}" for seed in SEEDS}
     running = []
@@ -69,6 +69,8 @@ def test_whatever_is_done_to_files_has_its_effect_and_no_other(
     moves = {kind: sum(tier[kind] for tier in tiers) for kind in ("promotions", "demotions")}
     # A fast machine has done all operations before many blocks are moved.
     assert min(moves.values()) >= 10, moves
+    record_property("operations", OPERATIONS * len(SEEDS))
+    record_property("moves", sum(moves.values()))
     check_accounts(mount)
     mount.remount()
     for seed, manifest in manifests.items():

@@ -13,7 +13,7 @@ from kvfs.control import ControlClient, find_mount
 from tests.mount.live import TIERS, call
 from tests.mount.readers import content_of
 from tests.mounting import MountedKvfs, check_accounts, run_kvfs
-from tests.soak import longer
+from tests.soak import Did, longer
 
 BLOCKS = 48
 READERS = 3
@@ -45,7 +45,7 @@ def move(mount: MountedKvfs, directory: bytes, readers: list[subprocess.Popen[st
 @pytest.mark.soak
 @pytest.mark.semantics("S-moves-1")
 def test_no_open_fails_and_no_byte_is_wrong_while_blocks_move(
-    shared: MountedKvfs, there: Path
+    shared: MountedKvfs, there: Path, record_property: Did
 ) -> None:
     for number in range(BLOCKS):
         name = f"block-{number}"
@@ -58,6 +58,8 @@ def test_no_open_fails_and_no_byte_is_wrong_while_blocks_move(
     assert [(errors, status) for _, errors, status in results] == [("", 0)] * READERS
     assert all(int(count) > BLOCKS for count, _, _ in results)
     assert moved >= MOVES
+    record_property("moves", moved)
+    record_property("reads", sum(int(count) for count, _, _ in results))
     counters = call(shared, "status")["counters"]
     mode = "passthrough" if call(shared, "status")["data_path"]["passthrough"] else "served"
     assert counters[f"opens_{mode}"] > 0
