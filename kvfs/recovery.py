@@ -240,16 +240,27 @@ class Recovery:
         return [] if path is None else [path]
 
     async def _with_hindsight(self, tier: Tier, found: Found, verdict: Verdict) -> Verdict:
-        """A file that the catalog expects elsewhere is the block, unless that is there as well."""
+        """A file that the catalog expects elsewhere is the block, unless that is there as well, or
+        a later block has the name."""
         seal = found.seal
         row = self.volume.catalog.get(seal.inode) if seal else None
         if row is None or seal is None or seal.generation > row.generation:
             return verdict
         if verdict not in (Verdict.NEWER, Verdict.STALE, Verdict.DUPLICATE):
             return verdict
+        if verdict is Verdict.STALE and await self._is_replaced(row, tier, found):
+            return verdict
         if not await self._is_elsewhere(row, tier, found):
             return Verdict.NEWER
         return Verdict.DUPLICATE if verdict is Verdict.NEWER else verdict
+
+    async def _is_replaced(self, row: Inode, tier: Tier, found: Found) -> bool:
+        """Whether a later block has the name of a file, on another tier: then only a directory
+        above was renamed, and the file in it was to be removed."""
+        later = self.volume.catalog.resolve(found.path)
+        if later is None or later.id == row.id:
+            return False
+        return await self._is_elsewhere(later, tier, found)
 
     async def _is_elsewhere(self, row: Inode, tier: Tier, found: Found) -> bool:
         """Whether a block has, or may have, another file than the one that was found."""

@@ -60,8 +60,9 @@ class Unfinished:
         """What lies at its place came later than the catalog knows: the walk takes that in."""
         for tier, replica in replicas:
             if await tier.run(holds_another, tier, tier.locate(path, bool(replica.fanned)), inode):
-                for place, _ in replicas:
-                    self.replicas.forget_file(inode, place)
+                # Suspect ones too: the walk takes in nothing under a number that is not sealed.
+                for known in self.volume.catalog.replicas(inode.id):
+                    self.replicas.forget_file(inode, self.volume.by_number[known.tier])
                 return True
         return False
 

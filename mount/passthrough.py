@@ -35,6 +35,8 @@ STACK_DEPTH = 1
 BACKING_ID_SHIFT = 32
 INIT_BYTES = 1 << 16
 _INIT_IN_FLAGS = struct.Struct("<40x4x4x4xI I")
+# In struct fuse_out_header: the number of the request that is answered, 0 for a notification.
+_OUT_HEADER_BYTES, _UNIQUE = 16, slice(8, 16)
 _FLAGS_AT, _FLAGS_2_AT, _DEPTH_AT = 16 + 12, 16 + 32, 16 + 36
 _WORD = struct.Struct("<I")
 _BACKING_MAP = struct.Struct("<iIQ")
@@ -97,6 +99,9 @@ class Channel:
         """Pass libfuse's answer to INIT on, with passthrough asked for, and step aside."""
         with trio.socket.from_stdlib_socket(self._ours) as ours:
             reply = bytearray(await ours.recv(INIT_BYTES))
+            # Notifications may come before it: the kernel has nothing in its caches yet.
+            while len(reply) >= _OUT_HEADER_BYTES and not any(reply[_UNIQUE]):
+                reply = bytearray(await ours.recv(INIT_BYTES))
         if self.offered:
             _ask_for_passthrough(reply)
         os.write(self.device, reply)

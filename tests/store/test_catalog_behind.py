@@ -120,6 +120,16 @@ async def directory_renamed(rewinder: Rewinder) -> Blocks:
     return {b"e/a": OLD, b"e/b": OLD}
 
 
+async def replaced_in_a_renamed_directory(rewinder: Rewinder) -> Blocks:
+    """What was replaced lies on the slower tier still, where the catalog does not expect it."""
+    await move(rewinder.store, "demote", b"d/a", "nvme", "hdd")
+    rewinder.remember()
+    await rename(rewinder.store, b"d", b"e")
+    await put(rewinder.store, b"e/a.tmp", NEW)
+    await rename(rewinder.store, b"e/a.tmp", b"e/a")
+    return {b"e/a": NEW, b"e/b": OLD}
+
+
 async def rewritten(rewinder: Rewinder) -> Blocks:
     rewinder.remember()
     await rewrite(rewinder.store, b"d/a", NEW)
@@ -133,6 +143,19 @@ async def rewritten_while_it_was_known_to_be(rewinder: Rewinder) -> Blocks:
     await rewinder.store.blocks.write(block, 0, NEW)
     await rewinder.store.blocks.close(block, writer=True)
     await seal_all(rewinder.store)
+    return {b"d/a": NEW + OLD[len(NEW) :], b"d/b": OLD}
+
+
+async def rewritten_beside_a_suspect_replica(rewinder: Rewinder) -> Blocks:
+    """It was opened for writing between the copy and the drop of a demotion."""
+    store, number = rewinder.store, row_at(rewinder.store, b"d/a").id
+    hdd = store.volume.tier_named("hdd")
+    await store.mover.copy(number, store.volume.tiers[0], hdd, "demote")
+    block = await store.blocks.open_writer(number)
+    rewinder.remember()
+    await store.blocks.write(block, 0, NEW)
+    await store.blocks.close(block, writer=True)
+    await seal_all(store)
     return {b"d/a": NEW + OLD[len(NEW) :], b"d/b": OLD}
 
 
@@ -212,9 +235,10 @@ async def made(rewinder: Rewinder) -> Blocks:
     "doing",
     [
         replaced, replaced_on_a_slower_tier, renamed, names_exchanged, name_used_again,
-        directory_renamed, rewritten, rewritten_while_it_was_known_to_be, published_and_replaced,
-        written_and_replaced, demoted, demoted_and_back_alone, removed_and_made_anew,
-        renamed_on_a_slower_tier_and_made_anew, made,
+        directory_renamed, replaced_in_a_renamed_directory, rewritten,
+        rewritten_while_it_was_known_to_be, rewritten_beside_a_suspect_replica,
+        published_and_replaced, written_and_replaced, demoted, demoted_and_back_alone,
+        removed_and_made_anew, renamed_on_a_slower_tier_and_made_anew, made,
     ],
 )  # fmt: skip
 async def test_what_was_sealed_is_there(
