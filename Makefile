@@ -21,7 +21,7 @@ test: lint type ## lint, types and all tests
 soak: setup ## the torture tests, FACTOR=100 times longer: hours (ARGS='-k exerciser' for some)
 	@tools/bootstrap.sh --tests
 	KVFS_SOAK=$(or $(FACTOR),100) tools/test.sh -m soak --timeout=0 -o faulthandler_timeout=0 \
-		--junitxml=.soak.xml $(ARGS); status=$$?; \
+		--junitxml=.soak.xml -o junit_family=xunit1 $(ARGS); status=$$?; \
 		$(PYTHON) -m kvfs.tools.soak_report .soak.xml && exit $$status
 
 crash: setup ## kill the daemon N times at random moments under a load (N=20, SEED=)
