@@ -26,6 +26,7 @@ from kvfs.errors import (
     MountpointError,
 )
 from kvfs.leased import Wait
+from kvfs.tools import bench_client
 from tests.mount.live import (
     MIB,
     below,
@@ -431,3 +432,15 @@ def _client_process(script: str, directory: Path) -> Iterator[subprocess.Popen[s
 
 def test_the_socket_is_the_one_that_the_mount_names(shared: MountedKvfs) -> None:
     assert find_mount(shared.path).socket_path == Path(shared.status()["socket"])
+
+
+def test_the_benchmark_of_the_client_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_client, "NAMES", 80)
+    monkeypatch.setattr(bench_client, "CYCLES", 2)
+    monkeypatch.setattr(bench_client, "PUTS", 2)
+    rows = bench_client.measure_client(tmp_path, 1)
+    assert len(rows) == 8
+    assert all(row.client_us > 0 for row in rows)
+    assert [row.bar_us for row in rows].count(None) == 5
+    assert bench_client.client_table(rows).row_count == 8
+    assert list(tmp_path.iterdir()) == []
