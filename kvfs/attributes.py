@@ -108,6 +108,7 @@ class Attributes:
             await self.blocks.close(block, writer=True)
 
     async def _set_columns(self, number: int, columns: dict[str, Any]) -> None:
+        stored_ns = await self._times_of_stores(number) if "mtime_ns" in columns else {}
         block = self.replicas.open_blocks.get(number)
         if "mtime_ns" in columns:
             self.namespace.directory_times_set(number)
@@ -119,11 +120,29 @@ class Attributes:
             return
         with self.volume.catalog.transaction("setattr"):
             self.volume.catalog.update(number, **columns)
+            if block is None or not block.writers:
+                for tier, mtime_ns in stored_ns.items():
+                    self.volume.catalog.update_replica(number, tier, mtime_ns=mtime_ns)
         inode = self._inode(number)
         if inode.kind == Kind.DIRECTORY:
             await self._mirror_directory(inode)
         elif inode.state == BlockState.SEALED:
             await self.mirror_block(inode)
+
+    async def _times_of_stores(self, number: int) -> dict[int, int]:
+        """Tier number -> the time of an unsealed block's file there, which a mapping may have
+        moved: the sealer takes over only what is stored after this."""
+        inode, path = self._inode(number), self.volume.catalog.path_of(number)
+        if inode.kind != Kind.BLOCK or inode.state == BlockState.SEALED or path is None:
+            return {}
+        found = {}
+        for replica in self.volume.catalog.replicas(number):
+            tier = self.volume.by_number[replica.tier]
+            with self.volume.overlook("mirrors_failed", tier):
+                absolute = tier.locate(path, bool(replica.fanned))
+                status = await tier.run(tier.files.status, absolute)
+                found[tier.number] = status.st_mtime_ns
+        return found
 
     async def mirror_block(self, inode: Inode) -> None:
         """The seal records of a block's files, with another mode, owner or time."""

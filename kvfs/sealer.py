@@ -280,7 +280,7 @@ class Sealer:
         return (
             sealed.checksum is not None
             and before.id in self.volume.sealing
-            and (now.generation, now.state) == (before.generation, before.state)
+            and _recorded(now) == _recorded(before)
             and not (block is not None and block.writers)
             and any(r.tier == tier.number for r in self.volume.catalog.replicas(before.id))
         )
@@ -318,6 +318,11 @@ class Sealer:
             tier.index, change.before_bytes, change.after_bytes, beside_bytes=change.beside_bytes
         )
         self.volume.counters.count("seals")
+
+
+def _recorded(inode: Inode) -> tuple[int, ...]:
+    """What a seal record says of a block beside its bytes, and the state that it ends."""
+    return inode.generation, inode.state, inode.mode, inode.uid, inode.gid, inode.mtime_ns
 
 
 def _columns(sealed: Sealed) -> dict[str, Any]:

@@ -17,7 +17,7 @@ TICK_NS = 20_000_000
 NEWEST_SET_NS = 1_500_000_000 * 10**9
 _COMPARED_BYTES = 4096
 
-Change = Literal["no", "maybe", "late", "yes"]
+Change = Literal["no", "maybe", "yes"]
 Buffer = bytes | bytearray | memoryview
 
 
@@ -60,8 +60,8 @@ class ExpectedFile(msgspec.Struct, eq=False):
     """One file, with or without a name; `name` is the last one it had.
 
     `mtime_ns` is the time last seen or set, `changed` whether it has moved on since: it may have,
-    it has to, or it will ("late": stores through a mapping, which a network filesystem or FUSE
-    learns of when the file is closed or later).
+    or it has to. `late`: there were stores through a mapping, which a network filesystem or FUSE
+    learns of when the file is closed or later, and of the last ones later than of the first.
     """
 
     name: str
@@ -69,6 +69,7 @@ class ExpectedFile(msgspec.Struct, eq=False):
     xattrs: dict[str, bytes] = {}
     mtime_ns: int = 0
     changed: Change = "yes"
+    late: bool = False
 
     @property
     def size(self) -> int:
@@ -82,8 +83,7 @@ class ExpectedFile(msgspec.Struct, eq=False):
     def store(self, offset: int, data: Buffer) -> None:
         """The same through a shared mapping."""
         self._put(offset, data)
-        if self.changed != "yes":
-            self.changed = "late"
+        self.late = True
 
     def _put(self, offset: int, data: Buffer) -> None:
         if offset > len(self.content):
@@ -106,7 +106,7 @@ class ExpectedFile(msgspec.Struct, eq=False):
             self.changed = "maybe"
 
     def set_mtime(self, mtime_ns: int) -> None:
-        self.mtime_ns, self.changed = mtime_ns, "no"
+        self.mtime_ns, self.changed, self.late = mtime_ns, "no", False
 
     def part(self, offset: int, length: int) -> bytes:
         """What a read must return."""
@@ -117,19 +117,19 @@ class ExpectedFile(msgspec.Struct, eq=False):
 
         `settled`: nobody has the file open and it was looked up anew, so nothing is late.
         """
-        known = self.mtime_ns
+        known, late = self.mtime_ns, self.late
         stayed, advanced = found_ns == known, found_ns >= known - TICK_NS
-        if self.changed == "no":
-            right = stayed
-        elif self.changed == "maybe" or (self.changed == "late" and not settled):
-            right = stayed or advanced
-        else:
+        if self.changed == "yes" or (late and settled):
             right = advanced and not (stayed and known < NEWEST_SET_NS)
+        else:
+            right = stayed or (advanced and (late or self.changed == "maybe"))
         if not right:
-            what = f"mtime {found_ns} after {known}, changed since: {self.changed}"
-            raise Mismatch(self.name, what)
-        if self.changed != "late" or not stayed or settled:
-            self.set_mtime(found_ns)
+            when = ", or late" if late else ""
+            raise Mismatch(
+                self.name, f"mtime {found_ns} after {known}, changed since: {self.changed}{when}"
+            )
+        self.set_mtime(found_ns)
+        self.late = late and not settled
 
     def check_blocks(self, blocks: int, slack_bytes: int) -> None:
         """Fail when the allocation is not plausible: none for data, or far more than the size."""

@@ -137,6 +137,27 @@ def test_stores_through_a_mapping_move_the_time_once_it_is_gone(there: Path, rea
     assert path.stat().st_mtime_ns > PAST_NS
 
 
+@pytest.mark.parametrize("reader", [True, False], ids=["beside a reader", "alone"])
+def test_a_time_set_after_stores_through_a_mapping_stays(there: Path, reader: bool) -> None:
+    """Also when the descriptor was closed before them, so that kvfs had not seen them."""
+    path = publish(there / "block", bytes(32 * KIB))
+    descriptor = os.open(path, os.O_RDWR)
+    mapping = Mapping(descriptor, 32 * KIB, shared=True)
+    os.close(descriptor)
+    sealer_has_passed(there)
+    beside = os.open(path, os.O_RDONLY)
+    if not reader:
+        os.close(beside)
+    mapping.store(0, b"stored")
+    mapping.sync()
+    os.utime(path, ns=(PAST_NS, PAST_NS))
+    mapping.close()
+    if reader:
+        os.close(beside)
+    wait_sealed(path)
+    assert path.stat().st_mtime_ns == PAST_NS
+
+
 # --- appending, unaligned requests
 
 
