@@ -17,8 +17,9 @@ from typing import Any
 
 from kvfs import failpoints, layout, schema
 from kvfs.ghosts import Ghosts
+from kvfs.intents import Intents
 from kvfs.recent import Recent
-from kvfs.rows import GOOD, RAW, ROOT_INODE, BlockState, Inode, Intent, Kind, Placed, Replica
+from kvfs.rows import GOOD, RAW, ROOT_INODE, BlockState, Inode, Kind, Placed, Replica
 
 DIRECTORY_PATHS_CACHED = 16_384
 ROWS_CACHED = 8192
@@ -56,8 +57,8 @@ class Catalog:
             raise
         self._paths: OrderedDict[int, bytes] = OrderedDict()
         self._names: dict[int, int] = {}
-        self._intents_done: list[int] = []
         self.ghosts = Ghosts(self._db)
+        self.intents = Intents(self._db, self.transaction)
         self.fan_out_names = layout.FAN_OUT_NAMES
         # Rows as the catalog has them: whatever changes one of an inode forgets it.
         self._rows = Recent[Inode](ROWS_CACHED)
@@ -102,10 +103,7 @@ class Catalog:
         """All or nothing, with no await between its statements; `name` is for its failpoints."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            if self._intents_done:
-                self._db.executemany(
-                    "DELETE FROM intent WHERE id = ?", [(i,) for i in self._intents_done]
-                )
+            done = self.intents.delete_done()
             yield
             failpoints.hit(f"{name}.changed")
             self._db.execute("COMMIT")
@@ -114,7 +112,7 @@ class Catalog:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
-        self._intents_done.clear()
+        self.intents.deleted(done)
         failpoints.hit(f"{name}.committed")
 
     def _changing(self, inode: int) -> None:
@@ -501,49 +499,6 @@ class Catalog:
     def remove_xattr(self, inode: int, name: bytes) -> bool:
         cursor = self._db.execute("DELETE FROM xattr WHERE inode = ? AND name = ?", (inode, name))
         return cursor.rowcount > 0
-
-    # --- intents
-
-    def add_intent(
-        self, tier: int, kind: str, inode: int, path: bytes, target: bytes | None = None
-    ) -> Intent:
-        """Promise a change of a tier's files; stored paths. Within a transaction."""
-        cursor = self._db.execute(
-            "INSERT INTO intent (tier, kind, inode, path, target) VALUES (?, ?, ?, ?, ?)",
-            (tier, kind, inode, path, target),
-        )
-        assert cursor.lastrowid is not None
-        return Intent(cursor.lastrowid, tier, kind, inode, path, target)
-
-    def retarget(self, intent: int, target: bytes) -> None:
-        """A rename goes elsewhere than was promised."""
-        self._db.execute("UPDATE intent SET target = ? WHERE id = ?", (target, intent))
-
-    def intents(self, tier: int, *, upto: int | None = None) -> list[Intent]:
-        """What is left to do on a tier, in order; `upto` an intent and with it."""
-        rows = self._db.execute(
-            "SELECT id, tier, kind, inode, path, target FROM intent"
-            " WHERE tier = ? AND id <= ifnull(?, id) ORDER BY id",
-            (tier, upto),
-        )
-        done = set(self._intents_done)
-        return [Intent._make(row) for row in rows if row[0] not in done]
-
-    def has_intent(self, intent: int) -> bool:
-        """Whether it is left to do."""
-        row = self._db.execute("SELECT 1 FROM intent WHERE id = ?", (intent,)).fetchone()
-        return row is not None and intent not in self._intents_done
-
-    def intent_done(self, intent: int) -> None:
-        """Forget it with the next transaction: applying an intent twice is harmless."""
-        self._intents_done.append(intent)
-        if len(self._intents_done) >= BATCH_ROWS:
-            self.flush_intents()
-
-    def flush_intents(self) -> None:
-        if self._intents_done:
-            with self.transaction("intents_done"):
-                pass
 
     def replica_at(self, tier: int, stored: bytes) -> int | None:
         """The inode whose replica the catalog expects at this stored path of a tier."""

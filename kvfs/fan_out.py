@@ -43,5 +43,5 @@ async def redirect(catalog: Catalog, tier: Tier, intent: Intent, error: OSError)
     with catalog.transaction("fan_out_rename"):
         if catalog.path_of(inode.id) == path:
             catalog.set_fanned(inode.id, tier.number, True)
-        catalog.retarget(intent.id, target)
+        catalog.intents.retarget(intent.id, target)
     return intent._replace(target=target)

@@ -226,7 +226,7 @@ class Fsck:
                 detail = f"{BlockState(row.state).name.lower()}: the next mount decides"
                 self._found("unfinished", path, None, detail, repaired=False)
         for tier in volume.tiers:
-            promised = len(volume.catalog.intents(tier.number))
+            promised = len(volume.catalog.intents.left(tier.number))
             if promised:
                 detail = f"{promised} removals and renames: the next mount carries them out"
                 self._found("unfinished", b"", tier, detail, repaired=False)

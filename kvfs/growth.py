@@ -101,7 +101,7 @@ class Growth:
         with self.volume.overlook("promises_delayed", source):
             await source.run(source.remove, path, fanned)
             failpoints.hit("spill.removed")
-            catalog.intent_done(promised[source.number])
+            catalog.intents.done(promised[source.number])
 
     # --- writers past the daemon
 

@@ -238,7 +238,7 @@ class Namespace:
                 goal = layout.stored_path(new_path, fanned[replica.tier])
                 if bool(replica.fanned) != fanned[replica.tier]:
                     catalog.set_fanned(inode.id, replica.tier, fanned[replica.tier])
-                intent = catalog.add_intent(tier.number, "rename", inode.id, stored, goal)
+                intent = catalog.intents.add(tier.number, "rename", inode.id, stored, goal)
                 intents.append((tier, intent))
         if target is not None:
             self.replicas.account_removal(self.current(target), replaced, promised)
@@ -307,7 +307,7 @@ class Namespace:
         """
         if not tier.online:
             return  # done when it comes back
-        promised = self.volume.catalog.intents(tier.number, upto=intent.id)
+        promised = self.volume.catalog.intents.left(tier.number, upto=intent.id)
         for due in promised:
             if due.id != intent.id and not meets(due, old, new):
                 continue
@@ -338,7 +338,7 @@ class Namespace:
         catalog = self.volume.catalog
         undo = []
         for tier, intent in intents:
-            done = not catalog.has_intent(intent.id)
+            done = not catalog.intents.is_left(intent.id)
             if done or inode.kind == Kind.DIRECTORY:
                 undo.append((tier, intent))
                 if not done:
@@ -356,7 +356,7 @@ class Namespace:
             for replica in replicas:
                 catalog.set_fanned(inode.id, replica.tier, bool(replica.fanned))
             for tier, intent in undo:
-                catalog.add_intent(tier.number, "rename", inode.id, goals[intent.id], intent.path)
+                catalog.intents.add(tier.number, "rename", inode.id, goals[intent.id], intent.path)
         if inode.kind == Kind.DIRECTORY:
             catalog.forget_paths()
         for tier, intent in intents:
@@ -384,7 +384,7 @@ class Namespace:
                 catalog.delete(target.id)
             catalog.relink(inode.id, new_parent, new_name)
             intents += [
-                (tier, catalog.add_intent(tier.number, "rename", inode.id, old, new_path))
+                (tier, catalog.intents.add(tier.number, "rename", inode.id, old, new_path))
                 for tier in self.volume.tiers
             ]
         catalog.forget_paths()

@@ -189,7 +189,7 @@ class Recovery:
         """Whether it is yet to be renamed or removed there: its name says nothing."""
         return any(
             layout.is_within(found.path, layout.logical_path(intent.path)[0])
-            for intent in self.volume.catalog.intents(tier.number)
+            for intent in self.volume.catalog.intents.left(tier.number)
         )
 
     def judge(self, tier: Tier, found: Found) -> Verdict:

@@ -188,7 +188,7 @@ class Replicas:
             tier = self.volume.by_number[replica.tier]
             if tier.number not in removed:
                 stored = layout.stored_path(path, bool(replica.fanned))
-                intent = self.volume.catalog.add_intent(tier.number, "unlink", inode, stored)
+                intent = self.volume.catalog.intents.add(tier.number, "unlink", inode, stored)
                 promised[tier.number] = intent.id
         return promised
 
@@ -376,13 +376,13 @@ class Replicas:
         """
         catalog = self.volume.catalog
         stuck: list[Intent] = []
-        for intent in catalog.intents(tier.number):
+        for intent in catalog.intents.left(tier.number):
             if any(meets(intent, *_paths_of(other)) for other in stuck):
                 continue
             stored = [path for path in (intent.path, intent.target) if path is not None]
             async with self.volume.claims.hold(*(layout.logical_path(p)[0] for p in stored)):
                 # Who promised it may have done it meanwhile, and the old name be another's.
-                if not catalog.has_intent(intent.id):
+                if not catalog.intents.is_left(intent.id):
                     continue
                 try:
                     await self.apply(tier, intent)
@@ -394,8 +394,8 @@ class Replicas:
                     continue
                 failpoints.hit("intent.applied")
                 self.finish(tier, intent.id)
-        catalog.flush_intents()
-        tier.health.behind = bool(tier.health.behind and catalog.intents(tier.number))
+        catalog.intents.flush()
+        tier.health.behind = bool(tier.health.behind and catalog.intents.left(tier.number))
 
     def _is_stuck(self, tier: Tier, intent: Intent, error: OSError) -> None:
         what = f"tier {tier.name}: {intent.kind} of {os.fsdecode(intent.path)!r} is still promised"
@@ -414,7 +414,7 @@ class Replicas:
         freed_bytes = self._intent_bytes.pop(intent, 0)
         self._promised_bytes[tier.number] -= freed_bytes
         self.volume.space[tier.index].held_bytes -= freed_bytes
-        self.volume.catalog.intent_done(intent)
+        self.volume.catalog.intents.done(intent)
 
     async def apply(self, tier: Tier, intent: Intent) -> None:
         """Do what an intent says unless it is void by now. The caller claims the path."""

@@ -280,7 +280,7 @@ def _assemble(
     unclean = not catalog.created and catalog.meta("clean") != "1"
     same_boot = catalog.meta("boot_id") == boot_id()
     behind = rebuild or catalog.meta(BEHIND) == "1" or (unclean and not same_boot)
-    promised = [i.id for tier in tiers for i in catalog.intents(tier.number)] if behind else []
+    promised = [i.id for tier in tiers for i in catalog.intents.left(tier.number)] if behind else []
     mounts = catalog.meta("mounts") or "0"
     if mark:
         if rebuild or unclean or not same_boot:

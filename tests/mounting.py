@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kvfs.catalog import Catalog
 from kvfs.config import Config
 from kvfs.mount.session import is_dead
 from kvfs.tools.watch_capacity import allocated_bytes
@@ -179,4 +182,25 @@ def check_accounts(mount: MountedKvfs) -> None:
     try:
         wait_until(lambda: counted() == walked(), "accounts that equal a walk", timeout_s=15)
     except AssertionError as error:
-        raise AssertionError(f"counted {counted()}, walked {walked()}") from error
+        said = f"counted {counted()}, walked {walked()}"
+        raise AssertionError("\n".join([said, *uncounted_files(mount)])) from error
+
+
+def uncounted_files(mount: MountedKvfs) -> Iterator[str]:
+    """Each file of a tier that the catalog has otherwise, or not at all."""
+    place = next(iter(mount.tiers.values())) / ".kvfs"
+    with tempfile.TemporaryDirectory() as copy:
+        for file in place.glob("catalog.sqlite*"):
+            shutil.copy(file, copy)
+        catalog = Catalog(Path(copy) / "catalog.sqlite")
+        for number, (name, root) in enumerate(mount.tiers.items(), 1):
+            for file in root.rglob("*"):
+                path = bytes(file.relative_to(root))
+                if not file.is_file() or path.startswith(b".kvfs/"):
+                    continue
+                inode, found = catalog.replica_at(number, path), file.stat().st_blocks * 512
+                replicas = catalog.replicas(inode) if inode else []
+                counted = sum(r.allocated_bytes for r in replicas if r.tier == number)
+                if counted != found:
+                    yield f"{name}: {path!r}, inode {inode}: {counted} counted, {found} found"
+        catalog.close()

@@ -291,7 +291,7 @@ async def assert_consistent(store: Store) -> None:
 
 def _assert_tier_consistent(store: Store, tier: Tier) -> None:
     catalog = store.volume.catalog
-    assert catalog.intents(tier.number) == []
+    assert catalog.intents.left(tier.number) == []
     assert private_files(tier, layout.STAGING_DIR) == []
     rows = catalog.connection.execute(
         "SELECT inode, fanned, allocated_bytes, codec FROM replica WHERE tier = ?", (tier.number,)

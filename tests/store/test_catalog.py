@@ -265,15 +265,15 @@ def test_a_finished_intent_is_gone_at_once_and_after_reopening(tmp_path: Path) -
     path = tmp_path / "catalog.sqlite"
     catalog = Catalog(path)
     with catalog.transaction("test"):
-        done = catalog.add_intent(1, "unlink", 7, b"a")
-        left = catalog.add_intent(1, "rename", 8, b"b", b"c")
-    catalog.intent_done(done.id)
-    assert catalog.intents(1) == [left]
-    catalog.flush_intents()
+        done = catalog.intents.add(1, "unlink", 7, b"a")
+        left = catalog.intents.add(1, "rename", 8, b"b", b"c")
+    catalog.intents.done(done.id)
+    assert catalog.intents.left(1) == [left]
+    catalog.intents.flush()
     catalog.close()
     again = Catalog(path)
-    assert again.intents(1) == [left]
-    assert again.intents(2) == []
+    assert again.intents.left(1) == [left]
+    assert again.intents.left(2) == []
     again.close()
 
 

@@ -50,7 +50,7 @@ class Rewinder:
 
     def remember(self) -> None:
         """This is the last moment that reaches the catalog's disk."""
-        self.store.volume.catalog.flush_intents()
+        self.store.volume.catalog.intents.flush()
         Catalog.checkpoint(self.store.volume.catalog.connection)
         shutil.copyfile(catalog_path(self.bench.config), self._kept)
 
@@ -217,7 +217,7 @@ async def renamed_on_a_slower_tier_and_made_anew(rewinder: Rewinder) -> Blocks:
     number = row_at(rewinder.store, b"d/a").id
     with rewinder.store.volume.catalog.transaction("test"):
         rewinder.store.volume.catalog.relink(number, row_at(rewinder.store, b"d").id, b"c")
-        rewinder.store.volume.catalog.add_intent(hdd.number, "rename", number, b"d/a", b"d/c")
+        rewinder.store.volume.catalog.intents.add(hdd.number, "rename", number, b"d/a", b"d/c")
     rewinder.remember()
     await settle_all(rewinder.store)
     await put_on(rewinder.store, b"d/a", NEW, "hdd")

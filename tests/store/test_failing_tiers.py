@@ -369,7 +369,7 @@ async def test_a_promise_that_cannot_be_kept_holds_up_no_other(
     stuck.unlink()
     stuck.mkdir()
     await store.replicas.settle(hdd)
-    assert [i.path for i in store.volume.catalog.intents(hdd.number)] == [b"d/stuck"]
+    assert [i.path for i in store.volume.catalog.intents.left(hdd.number)] == [b"d/stuck"]
     assert events(store, "promises_stuck") == {("EISDIR", "hdd"): 1}
     assert hdd.health.shown == "online"
     stuck.rmdir()
@@ -389,7 +389,7 @@ async def test_what_comes_after_a_stuck_promise_for_the_same_path_waits(bench: W
     in_the_way.mkdir()
     (in_the_way / "x").write_bytes(b"")
     await store.replicas.settle(hdd)
-    assert len(store.volume.catalog.intents(hdd.number)) == 2
+    assert len(store.volume.catalog.intents.left(hdd.number)) == 2
     (in_the_way / "x").unlink()
     in_the_way.rmdir()
     await settle_all(store)

@@ -324,7 +324,7 @@ def test_without_repair_an_offline_check_changes_nothing(
         staged = hdd.root + b"/" + layout.staging_path(9, 9)
         Path(os.fsdecode(staged)).write_bytes(b"half")
         with store.volume.catalog.transaction("test"):
-            store.volume.catalog.add_intent(hdd.number, "unlink", 77, b"d/gone")
+            store.volume.catalog.intents.add(hdd.number, "unlink", 77, b"d/gone")
         file_on(store, "hdd", b"d/gone").write_bytes(b"to be removed")
         bench.crash(store, reboot=True)
 

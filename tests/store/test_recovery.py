@@ -94,7 +94,7 @@ async def test_a_promised_unlink_is_void_once_a_block_lives_there(bench: Workben
     await unlink(store, b"d/a")
     await put(store, b"d/a", b"new")
     await move(store, "demote", b"d/a", "nvme", "hdd")
-    assert store.volume.catalog.intents(store.volume.tier_named("hdd").number)
+    assert store.volume.catalog.intents.left(store.volume.tier_named("hdd").number)
     store = await bench.restart_after_crash(store)
     assert await read(store, b"d/a") == b"new"
     assert tiers_of(store, b"d/a") == ["hdd"]
@@ -156,7 +156,7 @@ async def test_a_rename_is_finished_twice_without_harm(bench: Workbench) -> None
     await rename(store, b"a", b"b")
     with store.volume.catalog.transaction("test"):
         for tier in store.volume.tiers[:2]:
-            store.volume.catalog.add_intent(tier.number, "rename", inode, b"a", b"b")
+            store.volume.catalog.intents.add(tier.number, "rename", inode, b"a", b"b")
     store = await bench.restart_after_crash(store)
     assert await read(store, b"b") == b"data"
     await assert_consistent(store)
@@ -170,7 +170,7 @@ async def test_a_promised_rename_is_void_once_the_block_is_called_otherwise(
     await put(store, b"a", b"another")
     with store.volume.catalog.transaction("test"):
         for tier in store.volume.tiers[:2]:
-            store.volume.catalog.add_intent(tier.number, "rename", inode, b"a", b"b")
+            store.volume.catalog.intents.add(tier.number, "rename", inode, b"a", b"b")
     store = await bench.restart_after_crash(store)
     assert await read(store, b"a") == b"another"
     assert await read(store, b"c") == b"data"

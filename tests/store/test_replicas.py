@@ -32,13 +32,13 @@ async def test_a_promise_that_was_kept_meanwhile_is_not_mistaken_for_a_later_one
         await trio.testing.wait_all_tasks_blocked()
         hdd.remove(b"d/a", fanned=False)
         replicas.finish(hdd, first)
-        catalog.flush_intents()
+        catalog.intents.flush()
         second = promise(b"d/b", remote.number)
         held_bytes = store.volume.space[remote.index].held_bytes
     assert second != first
     assert store.volume.space[hdd.index].held_bytes == 0
     assert store.volume.space[remote.index].held_bytes == held_bytes > 0
-    assert [intent.id for intent in catalog.intents(remote.number)] == [second]
+    assert [intent.id for intent in catalog.intents.left(remote.number)] == [second]
     await replicas.settle(remote)
     assert not (remote.config.path / "d/b").exists()
     await assert_consistent(store)
