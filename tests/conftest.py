@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from kvfs.config import Config, MountConfig, TierConfig, TieringConfig
 from kvfs.seal import ignore_lease_breaks
 from tests.mounting import MountedKvfs
+from tests.soak import FACTOR, SOAKING, version
 
 settings.register_profile(
     "kvfs",
@@ -29,6 +30,14 @@ settings.load_profile("kvfs")
 ignore_lease_breaks()
 
 MIB = 1 << 20
+
+
+@pytest.fixture(scope="session", autouse=True)
+def about_the_soak(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """For the report of a soak: of what it was, and how long."""
+    if SOAKING:
+        record_testsuite_property("version", version())
+        record_testsuite_property("factor", FACTOR)
 
 
 @pytest.fixture

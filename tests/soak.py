@@ -8,7 +8,11 @@ times as long they shall run, and runs only these, without a time limit for each
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
+
+from kvfs import __version__
 
 FACTOR = int(os.environ.get("KVFS_SOAK") or 0)
 SOAKING = FACTOR > 0
@@ -19,3 +23,12 @@ Did = Callable[[str, object], None]
 def longer(short: int) -> int:
     """A count: as given, or in a soak so many times as much."""
     return short * FACTOR if SOAKING else short
+
+
+def version() -> str:
+    """Of what is tested: the version, and the commit where there is one."""
+    root = Path(__file__).parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    commit = found.stdout.strip()
+    return f"{__version__} ({commit})" if commit else __version__

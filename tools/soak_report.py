@@ -1,14 +1,14 @@
 """What the last `make soak` did, for docs/RELIABILITY.md: a row for each test, from its report.
 
-    python -m kvfs.tools.soak_report REPORT.xml
+    python -m kvfs.tools.soak_report REPORT.xml [REPORT.xml ...]
 
-Replaces the section between the two marks of that page. A soak that failed is recorded as such.
+Replaces the section between the two marks of that page; one that was made in parts has several
+reports. A soak that failed is recorded as such.
 """
 
 from __future__ import annotations
 
 import platform
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from kvfs import __version__
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "RELIABILITY.md"
 BEGIN, END = "<!-- the last soak: by `make soak` -->", "<!-- end of the last soak -->"
@@ -61,17 +59,19 @@ def rows_of(report: ElementTree.Element) -> dict[str, Row]:
     return rows
 
 
-def section(report: ElementTree.Element, version: str) -> str:
+def section(report: ElementTree.Element) -> str:
     """The part of the page: when, of what version and where it ran, and the rows."""
     suite = next(report.iter("testsuite"))
+    about = {p.get("name"): p.get("value") for p in suite.iterfind("properties/property")}
     began = datetime.fromisoformat(suite.get("timestamp", "")).astimezone(UTC)
     rows = rows_of(report)
     failed = sum(row.failed for row in rows.values())
     cases = sum(row.cases for row in rows.values())
     return "\n".join(
         [
-            f"Begun {began:%Y-%m-%d %H:%M} UTC, kvfs {version}, Linux {platform.release()}: {cases}"
-            f" cases, {failed} failed, {float(suite.get('time', 0)) / 60:.0f} minutes.",
+            f"Begun {began:%Y-%m-%d %H:%M} UTC, FACTOR={about['factor']}, kvfs {about['version']},"
+            f" Linux {platform.release()}: {cases} cases, {failed} failed,"
+            f" {float(suite.get('time', 0)) / 60:.0f} minutes.",
             "",
             "| test | cases | did | result | minutes |",
             "| --- | --- | --- | --- | --- |",
@@ -86,19 +86,14 @@ def with_section(page: str, text: str) -> str:
     return f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}"
 
 
-def version_of(root: Path) -> str:
-    """The version, and the commit where there is one."""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    commit = found.stdout.strip()
-    return f"{__version__} ({commit})" if commit else __version__
-
-
-def main(report: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
+def main(
+    reports: Annotated[list[Path], typer.Argument(metavar="REPORT...", exists=True)],
+) -> None:
     """Record a soak in docs/RELIABILITY.md."""
-    text = section(ElementTree.parse(report).getroot(), version_of(PAGE.parents[1]))
-    PAGE.write_text(with_section(PAGE.read_text(), text))
-    typer.echo(text.partition("\n")[0])
+    parts = [section(ElementTree.parse(report).getroot()) for report in reports]
+    PAGE.write_text(with_section(PAGE.read_text(), "\n\n".join(parts)))
+    for part in parts:
+        typer.echo(part.partition("\n")[0])
 
 
 if __name__ == "__main__":
