@@ -152,8 +152,8 @@ class Attributes:
             absolute = tier.locate(path, bool(replica.fanned))
             # The catalog has it; a tier that is away learns by fsck.
             with self.volume.overlook("mirrors_failed", tier):
-                mtime_ns = await tier.run(_rewrite_seal, tier, absolute, inode, replica)
-                self.volume.catalog.update_replica(inode.id, tier.number, mtime_ns=mtime_ns)
+                status, mtime_ns = await tier.run(_rewrite_seal, tier, absolute, inode, replica)
+                self.replicas.measured(inode.id, tier, status.st_blocks * 512, mtime_ns=mtime_ns)
                 block = self.replicas.open_blocks.get(inode.id)
                 if block is not None and block.tier is tier and block.sealed is not None:
                     block.sealed.mtime_ns = mtime_ns
@@ -330,12 +330,14 @@ def differs(seal: Seal, inode: Inode) -> bool:
     return recorded != (inode.id, inode.generation, inode.checksum)
 
 
-def _rewrite_seal(tier: Tier, absolute: bytes, inode: Inode, replica: Replica) -> int:
-    """The time that the file has then; UNLIKE_ANY when it was touched before: it stays known."""
+def _rewrite_seal(
+    tier: Tier, absolute: bytes, inode: Inode, replica: Replica
+) -> tuple[os.stat_result, int]:
+    """The file's status then, and its time; UNLIKE_ANY if it was touched before: it stays known."""
     untouched = replica.mtime_ns in (0, tier.files.status(absolute).st_mtime_ns)
-    tier.write_seal(absolute, seal_from(inode, replica.codec))
+    status = tier.write_seal(absolute, seal_from(inode, replica.codec))
     failpoints.hit("setattr.mirrored")
-    return tier.files.status(absolute).st_mtime_ns if untouched else UNLIKE_ANY
+    return status, status.st_mtime_ns if untouched else UNLIKE_ANY
 
 
 def _mirror_xattr(tier: Tier, absolute: bytes, name: bytes, value: bytes | None) -> None:

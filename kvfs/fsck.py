@@ -22,9 +22,8 @@ from kvfs.catalog_file import catalog_path
 from kvfs.config import Config
 from kvfs.quarantine import look, take_charge
 from kvfs.recovery import Verdict
-from kvfs.replicas import largest
 from kvfs.rows import BlockState, Inode, Kind
-from kvfs.space import PAGE_BYTES, saved_by
+from kvfs.space import PAGE_BYTES
 from kvfs.store import Store
 from kvfs.tier import Tier
 from kvfs.volume import open_volume
@@ -155,23 +154,14 @@ class Fsck:
 
     def _check_allocation(self, tier: Tier, inode: Inode, found: Found) -> None:
         """What a file takes against what is counted for it; its xattrs may have got a page."""
-        catalog, space = self.store.volume.catalog, self.store.volume.space
-        replicas = catalog.replicas(inode.id)
+        replicas = self.store.volume.catalog.replicas(inode.id)
         mine = [replica for replica in replicas if replica.tier == tier.number]
         allocated = found.status.st_blocks * 512
         if not mine or abs(allocated - mine[0].allocated_bytes) <= PAGE_BYTES:
             return
         counted = mine[0].allocated_bytes
         if self.repair:
-            replicas.remove(mine[0])
-            saved = saved_by(mine[0].codec, inode.size_bytes, allocated)
-            catalog.update_replica(
-                inode.id, tier.number, allocated_bytes=allocated, saved_bytes=saved
-            )
-            space.resize(
-                tier.index, counted, allocated, beside_bytes=largest(replicas),
-                saved_more_bytes=saved - mine[0].saved_bytes,
-            )  # fmt: skip
+            self.store.replicas.measured(inode.id, tier, allocated)
         detail = f"{counted} bytes counted, {allocated} allocated"
         self._found("account", found.path, tier, detail, repaired=self.repair)
 

@@ -166,9 +166,9 @@ class Recovery:
             replica = self._lacks_record(tier, found, row) if row is not None else None
             if row is not None and replica is not None and row.id == inode.id:
                 absolute = tier.locate(found.path, found.fanned)
-                await tier.run(tier.write_seal, absolute, seal_from(row, replica.codec))
+                seal = seal_from(row, replica.codec)
+                status = await tier.run(tier.write_seal, absolute, seal)
                 failpoints.hit("recovery.record_mended")
-                status = await tier.run(tier.files.status, absolute)
                 self.replicas.measured(row.id, tier, status.st_blocks * 512)
                 if tier.durable:
                     await tier.run_in_thread(sync_block, tier, [absolute])
@@ -304,7 +304,8 @@ class Recovery:
         if found.seal is None and found.header is not None:
             # Complete by its header; nobody else would give it a record.
             absolute = tier.locate(found.path, found.fanned)
-            await tier.run(tier.write_seal, absolute, seal_from(row, found.codec))
+            status = await tier.run(tier.write_seal, absolute, seal_from(row, found.codec))
+            self.replicas.measured(row.id, tier, status.st_blocks * 512)
         elif found.seal is None:
             self.volume.request_seal(row.id)
 

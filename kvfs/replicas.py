@@ -24,7 +24,7 @@ from kvfs.health import is_of_medium
 from kvfs.hindsight import holds, is_overtaken
 from kvfs.open_block import OpenBlock
 from kvfs.rows import GOOD, BlockState, Inode, Intent, Kind, Replica
-from kvfs.space import Reservation, sealed
+from kvfs.space import Reservation, saved_by, sealed
 from kvfs.tier import Tier
 from kvfs.volume import Volume
 
@@ -323,16 +323,25 @@ class Replicas:
         volume.counters.count("evictions", reason=reason, tier=last.name)
         return sum(replica.allocated_bytes for replica in replicas)
 
-    def measured(self, number: int, tier: Tier, allocated_bytes: int) -> None:
-        """What a replica allocates by now; a record may have taken a page of its own."""
+    def measured(self, number: int, tier: Tier, allocated_bytes: int, **columns: Any) -> None:
+        """What a replica allocates by now; a record may have taken a page of its own. Other
+        columns of it may change as well. Nothing when the replica has gone meanwhile."""
         catalog = self.volume.catalog
-        others = catalog.replicas(number)
-        mine = next(replica for replica in others if replica.tier == tier.number)
+        row, others = catalog.get(number), catalog.replicas(number)
+        mine = next((replica for replica in others if replica.tier == tier.number), None)
+        if row is None or mine is None:
+            return
         others.remove(mine)
-        catalog.set_allocated(number, tier.number, allocated_bytes)
+        codec = columns.get("codec", mine.codec)
+        saved_bytes = saved_by(codec, row.size_bytes, allocated_bytes)
+        catalog.update_replica(
+            number, tier.number,
+            allocated_bytes=allocated_bytes, saved_bytes=saved_bytes, **columns,
+        )  # fmt: skip
         self.volume.space.resize(
-            tier.index, mine.allocated_bytes, allocated_bytes, beside_bytes=largest(others)
-        )
+            tier.index, mine.allocated_bytes, allocated_bytes, beside_bytes=largest(others),
+            saved_more_bytes=saved_bytes - mine.saved_bytes,
+        )  # fmt: skip
 
     def lose(self, inode: Inode, tier: Tier, reason: str = "no such file") -> None:
         """A replica's file is gone: forget it, and with the last one the block."""

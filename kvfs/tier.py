@@ -328,9 +328,13 @@ class Tier:
                 return seal if fits(seal, descriptor) else None
         return None
 
-    def write_seal(self, file: bytes | int, seal: Seal, *, keep_time: bool = False) -> None:
+    def write_seal(
+        self, file: bytes | int, seal: Seal, *, keep_time: bool = False
+    ) -> os.stat_result:
         """Attach a seal record to a file (a path or a descriptor), and give the file the block's
-        time, its owner where the filesystem lets us, and its mode but for writing. Blocking."""
+        time, its owner where the filesystem lets us, and its mode but for writing. Blocking.
+
+        The status of the file then: the record may have taken a page of its own."""
         with self._descriptor_of(file) as descriptor:
             if not keep_time:
                 os.utime(descriptor, ns=(seal.mtime_ns, seal.mtime_ns))
@@ -340,6 +344,7 @@ class Tier:
                 self._write_sidecar(descriptor, seal)
             give_owner(descriptor, seal.uid, seal.gid)
             os.fchmod(descriptor, sealed_mode(seal.mode))
+            return os.fstat(descriptor)
 
     def _write_sidecar(self, descriptor: int, seal: Seal) -> None:
         sidecar = self._sidecar(descriptor)

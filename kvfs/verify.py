@@ -19,10 +19,9 @@ from kvfs.forms import digest_of
 from kvfs.hindsight import holds_another
 from kvfs.open_block import OpenBlock
 from kvfs.quarantine import Quarantine
-from kvfs.replicas import Replicas, largest
+from kvfs.replicas import Replicas
 from kvfs.rows import RAW, BlockState, Inode, Kind, Replica
 from kvfs.seal import seal_from
-from kvfs.space import saved_by
 from kvfs.tier import Tier, close_descriptor
 from kvfs.volume import Volume
 
@@ -182,23 +181,11 @@ class Verifier:
         except BlockCorrupt:
             return False
         status = await tier.run(tier.files.status, tier.locate(path, fanned))
-        self._change_form(row, replica, tier, seal.codec, status)
+        self.replicas.measured(
+            row.id, tier, status.st_blocks * 512,
+            codec=seal.codec, mtime_ns=status.st_mtime_ns, verified=self.volume.mounts,
+        )  # fmt: skip
         return True
-
-    def _change_form(
-        self, row: Inode, replica: Replica, tier: Tier, codec: int, status: os.stat_result
-    ) -> None:
-        allocated_bytes = status.st_blocks * 512
-        saved_bytes = saved_by(codec, row.size_bytes, allocated_bytes)
-        self.volume.catalog.update_replica(
-            row.id, tier.number, codec=codec, allocated_bytes=allocated_bytes,
-            saved_bytes=saved_bytes, mtime_ns=status.st_mtime_ns, verified=self.volume.mounts,
-        )  # fmt: skip
-        others = [r for r in self.volume.catalog.replicas(row.id) if r.tier != tier.number]
-        self.volume.space.resize(
-            tier.index, replica.allocated_bytes, allocated_bytes, beside_bytes=largest(others),
-            saved_more_bytes=saved_bytes - replica.saved_bytes,
-        )  # fmt: skip
 
     # --- parting from what the kernel has
 
@@ -228,7 +215,8 @@ class Verifier:
             seal = seal_from(row, replica.codec)
             record = partial(tier.write_seal, absolute, seal, keep_time=True)
             with self.volume.tolerate("seal record of a new inode number", tier.name):
-                await tier.run(record)
+                status = await tier.run(record)
+                self.replicas.measured(row.id, tier, status.st_blocks * 512)
 
     def _renumber(self, row: Inode, entry: tuple[int, bytes]) -> Inode:
         catalog = self.volume.catalog

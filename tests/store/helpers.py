@@ -25,7 +25,6 @@ from kvfs.tier import Tier
 from kvfs.volume import open_volume
 
 # A file's xattrs may take a page of their own, which the filesystem counts as the file's.
-XATTR_PAGE_BYTES = 4096
 
 
 class Workbench:
@@ -321,7 +320,7 @@ def _assert_file_is_sealed(
     content = content_of_file(Path(os.fsdecode(absolute)), codec)
     assert len(content) == row.size_bytes, absolute
     assert xxhash.xxh3_128_digest(content) == row.checksum
-    assert status.st_blocks * 512 - allocated_bytes in (0, XATTR_PAGE_BYTES), absolute
+    assert status.st_blocks * 512 == allocated_bytes, absolute
     seal = tier.read_seal(absolute)
     assert seal is not None, f"no seal record: {absolute!r}"
     assert (seal.inode, seal.generation, seal.length_bytes, seal.checksum, seal.codec) == (
