@@ -422,13 +422,18 @@ class Blocks:
         """All of `data`. Raises TierFull, TierOffline, OSError."""
         end = offset + len(data)
         done = False
-        if block.tier.inline and not block.lock.locked() and self.growth.cover(block, end):
-            with block.tier.judged():
-                done = try_write(block.writer_fd, data, offset)
-        if not done:
-            with block.tier.admitted():
-                async with block.lock:
-                    await self._write_locked(block, offset, data)
+        try:
+            if block.tier.inline and not block.lock.locked() and self.growth.cover(block, end):
+                with block.tier.judged():
+                    done = try_write(block.writer_fd, data, offset)
+            if not done:
+                with block.tier.admitted():
+                    async with block.lock:
+                        await self._write_locked(block, offset, data)
+        except BaseException:
+            # Some of it may have been written.
+            block.changes += 1
+            raise
         failpoints.hit("write.written")
         block.wrote(max(block.size_bytes, end))
         self.volume.counters.tier(block.tier.index).bytes_written += len(data)

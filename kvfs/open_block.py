@@ -40,6 +40,8 @@ class OpenBlock:
     readers: int = 0
     writers: int = 0
     written: bool = False
+    # Counts what may have changed the bytes: what was read before is old then.
+    changes: int = 0
     # `reader_fd` is a copy in staging; or a compressed file, and this reads it.
     fetched: bool = False
     decoder: Decoder | None = None
@@ -95,6 +97,7 @@ class OpenBlock:
     def wrote(self, size_bytes: int) -> None:
         """A writer changed the file, which has this length now."""
         self.written = True
+        self.changes += 1
         self.size_bytes, self.mtime_ns = size_bytes, time.time_ns()
 
     def lose_sight(self) -> None:

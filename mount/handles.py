@@ -25,8 +25,11 @@ class Handle:
     block: OpenBlock | None = None
     writer: bool = False
     snapshot: bytes = b""
+    # What was read of the block beyond what was asked for: from where on, and after how many of
+    # the block's changes.
     ahead: bytes = b""
     ahead_at: int = 0
+    ahead_changes: int = 0
     lock: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -73,6 +76,8 @@ class Handles:
         if handle.lock.locked():
             async with handle.lock:
                 pass
+        if handle.ahead and handle.ahead_changes != block.changes:
+            self._set_ahead(handle, b"", 0)
         if handle.ahead:
             start = offset - handle.ahead_at
             if start >= 0 and start + size <= len(handle.ahead):
@@ -96,6 +101,7 @@ class Handles:
             # The whole block in few large requests to the medium, instead of a window at a time.
             os.posix_fadvise(block.descriptor, 0, length, os.POSIX_FADV_WILLNEED)
         async with handle.lock:
+            handle.ahead_changes = block.changes
             first = await self._blocks.read(block, 0, size)
             self._set_ahead(handle, await self._blocks.read(block, size, rest), size)
         return first

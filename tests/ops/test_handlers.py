@@ -15,6 +15,7 @@ import pytest
 
 from kvfs.errors import TierOffline
 from kvfs.mount.control_dir import CONTROL_INODE
+from kvfs.mount.handles import AHEAD_FROM_BYTES
 from kvfs.mount.operations import Operations
 from kvfs.rows import ROOT_INODE
 
@@ -344,3 +345,61 @@ async def test_xattrs_that_the_kernel_asks_for_are_absent(
     inode = await write_block(operations, context, b"block", b"x")
     for name in (b"security.capability", b"system.posix_acl_access", b"user.none"):
         assert await errno_from(operations.getxattr(inode, name, context)) == errno.ENODATA
+
+
+# --- reading ahead
+
+
+class SetSize:
+    """A setattr of the size alone."""
+
+    update_size = True
+
+    def __getattr__(self, name: str) -> bool:
+        return False
+
+
+async def read_first(operations: Operations, context: Context, data: bytes) -> tuple[int, int]:
+    """A sealed block of which a reader has got the first part: its inode, and the handle."""
+    inode = await write_sealed(operations, context, b"block", data)
+    reader = await operations.open(inode, os.O_RDONLY, context)
+    assert await operations.read(reader.fh, 0, AHEAD_FROM_BYTES) == data[:AHEAD_FROM_BYTES]
+    return inode, reader.fh
+
+
+async def test_a_block_that_is_read_from_its_start_is_read_as_a_whole(
+    operations: Operations, context: Context
+) -> None:
+    data = os.urandom(4 * AHEAD_FROM_BYTES)
+    _inode, reader = await read_first(operations, context, data)
+    file = Path(os.fsdecode(operations.store.volume.tiers[0].locate(b"block")))
+    os.truncate(file, AHEAD_FROM_BYTES)
+    found = [await operations.read(reader, at, 1000) for at in (AHEAD_FROM_BYTES, len(data) - 1000)]
+    assert found == [data[AHEAD_FROM_BYTES:][:1000], data[-1000:]]
+
+
+@pytest.mark.parametrize("change", ["write", "append", "cut", "grow"])
+async def test_what_was_read_ahead_is_forgotten_when_a_writer_changes_the_block(
+    operations: Operations, context: Context, change: str
+) -> None:
+    data = os.urandom(4 * AHEAD_FROM_BYTES)
+    inode, reader = await read_first(operations, context, data)
+    writer = await operations.open(inode, os.O_RDWR, context)
+    now = bytearray(data)
+    if change in ("cut", "grow"):
+        size = len(data) + (5000 if change == "grow" else -5000)
+        # pyfuse3's own cannot be set from Python.
+        fields = cast(pyfuse3.SetattrFields, SetSize())
+        attributes = pyfuse3.EntryAttributes()
+        attributes.st_size = size
+        await operations.setattr(inode, attributes, fields, writer.fh, context)
+        now = bytearray(size)
+        now[: len(data)] = data[:size]
+    else:
+        offset = len(data) - 2000 if change == "write" else len(data)
+        now[offset : offset + 1000] = b"x" * 1000
+        await operations.write(writer.fh, offset, b"x" * 1000)
+    await operations.release(writer.fh)
+    at = len(data) - 10_000
+    assert await operations.read(reader, at, 1 << 20) == bytes(now[at:])
+    await operations.release(reader)
