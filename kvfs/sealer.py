@@ -256,6 +256,7 @@ class Sealer:
                     continue
                 if not verdict:
                     again.add(sealed.job.inode.id)
+                    self._keep_times(tier, sealed)
                 elif sealed.job.inode.state == BlockState.REOPENED:
                     reopened.append(sealed)
                 else:
@@ -284,6 +285,18 @@ class Sealer:
             and not (block is not None and block.writers)
             and any(r.tier == tier.number for r in self.volume.catalog.replicas(before.id))
         )
+
+    def _keep_times(self, tier: Tier, sealed: Sealed) -> None:
+        """A file got the time of a record that is not committed: the next seal must not take it
+        for that of a store through a mapping."""
+        job = sealed.job
+        if sealed.status is None or sealed.stored_ns:
+            return
+        for replica in self.volume.catalog.replicas(job.inode.id):
+            if (replica.tier, replica.mtime_ns) == (tier.number, job.closed_mtime_ns):
+                self.volume.catalog.update_replica(
+                    job.inode.id, tier.number, mtime_ns=sealed.status.st_mtime_ns
+                )
 
     def _commit_reopened(self, tier: Tier, sealed: Sealed) -> None:
         """Unchanged content: the other replicas are good again. Changed: they go with it."""

@@ -376,6 +376,71 @@ async def test_a_writer_that_came_and_went_meanwhile_prevents_the_commit(
     await assert_consistent(store)
 
 
+PAST_NS = 10**18
+
+
+def during_hashing(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[], Awaitable[object]]
+) -> None:
+    """Run `change` on the loop before the files get their records."""
+    real = checksum_of
+
+    def hash_and_change(descriptor: int) -> bytes:
+        monkeypatch.undo()
+
+        async def call() -> None:
+            await change()
+
+        trio.from_thread.run(call)
+        return real(descriptor)
+
+    monkeypatch.setattr(sealer, "checksum_of", hash_and_change)
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["alone", "after stores through a mapping"])
+@pytest.mark.parametrize("during", [during_hashing, during_sealing])
+async def test_a_time_that_is_set_meanwhile_stays(
+    bench: Workbench,
+    monkeypatch: pytest.MonkeyPatch,
+    during: Callable[..., None],
+    stored: bool,
+) -> None:
+    store = await bench.start()
+    block = await create(store, b"a", b"data")
+    await store.blocks.close(block, writer=True)
+    if stored:
+        file_on(store, "nvme", b"a").write_bytes(b"DATA")
+    during(monkeypatch, lambda: store.attributes.set(block.inode, mtime_ns=PAST_NS))
+    for number in await store.sealer.seal_pending():
+        store.volume.request_seal(number)
+    await seal_all(store)
+    assert row_at(store, b"a").state == BlockState.SEALED
+    assert row_at(store, b"a").mtime_ns == PAST_NS
+    await assert_consistent(store)
+
+
+async def test_a_mode_that_is_set_meanwhile_does_not_hide_the_time_of_stores(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await bench.start()
+    block = await create(store, b"a", b"data")
+    await store.blocks.close(block, writer=True)
+    before_ns = row_at(store, b"a").mtime_ns
+    file_on(store, "nvme", b"a").write_bytes(b"DATA")
+    during_sealing(monkeypatch, lambda: store.attributes.set(block.inode, mode=0o600))
+    for number in await store.sealer.seal_pending():
+        store.volume.request_seal(number)
+    await seal_all(store)
+    assert row_at(store, b"a").state == BlockState.SEALED
+    row = row_at(store, b"a")
+    assert (row.mode, row.mtime_ns > before_ns) == (0o600, True)
+    nvme = store.volume.tier_named("nvme")
+    seal = nvme.read_seal(nvme.locate(b"a"))
+    assert seal is not None
+    assert (seal.mode, seal.mtime_ns) == (row.mode, row.mtime_ns)
+    await assert_consistent(store)
+
+
 async def test_a_block_that_is_unlinked_meanwhile_stays_gone(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
