@@ -64,6 +64,9 @@ class Recovery:
         self.unfinished = Unfinished(volume, replicas, verifier.quarantine)
         # Tiers to compare with the catalog yet: those that were away are when they come back.
         self.unwalked: set[Tier] = set()
+        # Blocks that a catalog which is behind did not know at their names: their files are
+        # evidence of what came later. Few: what was done between its last fsync and the end.
+        self._appeared: set[int] = set()
 
     async def before_serving(self) -> None:
         """Everything that must hold before the first request."""
@@ -244,12 +247,15 @@ class Recovery:
         a later block has the name."""
         seal = found.seal
         row = self.volume.catalog.get(seal.inode) if seal else None
-        if row is None or seal is None or seal.generation > row.generation:
+        if row is None or seal is None:
             return verdict
         if verdict not in (Verdict.NEWER, Verdict.STALE, Verdict.DUPLICATE):
             return verdict
         if verdict is Verdict.STALE and await self._is_replaced(row, tier, found):
             return verdict
+        if seal.generation > row.generation:
+            # Renamed or rewritten after what the catalog knows: older only than who had the name.
+            return Verdict.NEWER if verdict is Verdict.STALE else verdict
         if not await self._is_elsewhere(row, tier, found):
             return Verdict.NEWER
         return Verdict.DUPLICATE if verdict is Verdict.NEWER else verdict
@@ -259,6 +265,9 @@ class Recovery:
         above was renamed, and the file in it was to be removed."""
         later = self.volume.catalog.resolve(found.path)
         if later is None or later.id == row.id:
+            return False
+        if not self.volume.rebuild and later.id not in self._appeared:
+            # Known at that name before: it is what was replaced.
             return False
         return await self._is_elsewhere(later, tier, found)
 
@@ -301,6 +310,8 @@ class Recovery:
         if verdict is Verdict.ADOPT:
             found = replace(found, seal=None)
         row = self._enter(tier, found)
+        if self.volume.catalog_behind and not self.volume.rebuild:
+            self._appeared.add(row.id)
         if found.seal is None and found.header is not None:
             # Complete by its header; nobody else would give it a record.
             absolute = tier.locate(found.path, found.fanned)
