@@ -28,7 +28,7 @@ class Intents:
         transaction: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self._db = connection
-        self._transaction = transaction
+        self.transaction = transaction
         self._done: list[int] = []
 
     def add(
@@ -70,7 +70,7 @@ class Intents:
     def flush(self) -> None:
         """Forget in the table as well what is done."""
         if self._done:
-            with self._transaction("intents_done"):
+            with self.transaction("intents_done"):
                 pass
 
     def delete_done(self) -> int:

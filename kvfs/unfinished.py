@@ -14,7 +14,7 @@ from kvfs import failpoints
 from kvfs.backing import sync_block
 from kvfs.hindsight import holds_another
 from kvfs.quarantine import Quarantine
-from kvfs.replicas import Replicas
+from kvfs.replicas import Replicas, largest
 from kvfs.rows import GOOD, BlockState, Inode, Replica
 from kvfs.seal import Content, Seal, content_of, seal_from
 from kvfs.tier import Tier
@@ -129,17 +129,22 @@ class Unfinished:
         return True
 
     def _record_sealed(self, inode: Inode, seal: Seal, tier: Tier, status: os.stat_result) -> None:
-        catalog = self.volume.catalog
+        catalog, allocated = self.volume.catalog, status.st_blocks * 512
+        replicas = catalog.replicas(inode.id)
+        before = next(r for r in replicas if r.tier == tier.number)
         with catalog.transaction("accept_seal"):
             catalog.update(
                 inode.id, state=int(BlockState.SEALED), checksum=seal.checksum,
                 size_bytes=seal.length_bytes, mtime_ns=seal.mtime_ns,
             )  # fmt: skip
             catalog.update_replica(
-                inode.id, tier.number,
+                inode.id, tier.number, allocated_bytes=allocated,
                 verified=self.volume.mounts, mtime_ns=status.st_mtime_ns,
             )  # fmt: skip
-        self.replicas.measured(inode.id, tier, status.st_blocks * 512)
+        replicas.remove(before)
+        self.volume.space.resize(
+            tier.index, before.allocated_bytes, allocated, beside_bytes=largest(replicas)
+        )
 
     async def _decide_reopened(
         self, inode: Inode, path: bytes, tier: Tier, replica: Replica
