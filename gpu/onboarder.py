@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvfs.errors import BlockNotFound, InvalidOperation, KvfsError
-from kvfs.gpu.ahead import leases_ahead, parts_of
 from kvfs.gpu.blocks import BlockFailure, Blocks, blocks_of, check_place
 from kvfs.gpu.device import Device, Load, Route
 from kvfs.gpu.replica import name_of
-from kvfs.gpu.source import BlockSource, Leased, LeasedBlock
+from kvfs.gpu.source import BlockSource, LeasedBlock
 from kvfs.gpu.verification import Verification
 from kvfs.units import printable
+
+MAX_LEASED = 253
+"""Blocks in one lease: each is a descriptor, of which a process has few and a message no more."""
 
 Path = str | bytes | os.PathLike[str]
 
@@ -74,17 +75,11 @@ class Onboarder:
         blocks = blocks_of(into, len(names), writable=True, device=self._device.number or 0)
         check_place(blocks, self._device.number)
         total = Onboarded(len(names), 0, 0)
-        if not names:
-            return total
-        parts = parts_of(len(names), blocks.block_bytes(0))
-        leases = leases_ahead(self._source, names, parts, direct=self._device.direct)
-        with self._turn, contextlib.closing(leases):
-            for part in parts:
-                start, end = part.start, part.stop
+        with self._turn:
+            while total.loaded < len(names) and total.stopped == "found":
+                start, end = total.loaded, total.loaded + MAX_LEASED
                 try:
-                    leased = next(leases)
-                    some = blocks.part(start, end)
-                    done = self._load_part(names[start:end], leased, some, stream)
+                    done = self._read_part(names[start:end], blocks.part(start, end), stream)
                 except (KvfsError, OSError) as error:
                     if start == 0:
                         raise
@@ -96,32 +91,29 @@ class Onboarder:
                     len(names), start + done.loaded, total.loaded_bytes + done.loaded_bytes,
                     done.stopped, done.failure,
                 )  # fmt: skip
-                if done.stopped != "found":
-                    break
         return total
 
-    def _load_part(
-        self, paths: Sequence[bytes], leased: Leased, blocks: Blocks, stream: object
-    ) -> Onboarded:
+    def _read_part(self, paths: Sequence[bytes], blocks: Blocks, stream: object) -> Onboarded:
         """What came of one lease."""
-        loads: list[Load] = []
-        unfit: Exception | None = None
-        for path, block in zip(paths, leased, strict=False):
-            if block is None:
-                break
-            load = self._load_of(path, block)
-            unfit = _misfit(load, blocks.block_bytes(len(loads)))
-            if unfit is not None:
-                break
-            loads.append(load)
-        errors = self._device.load(loads, blocks.part(0, len(loads)), stream) if loads else []
+        with self._source.lease(paths, direct=self._device.direct) as leased:
+            loads: list[Load] = []
+            unfit: Exception | None = None
+            for path, block in zip(paths, leased, strict=False):
+                if block is None:
+                    break
+                load = self._load_of(path, block)
+                unfit = _misfit(load, blocks.block_bytes(len(loads)))
+                if unfit is not None:
+                    break
+                loads.append(load)
+            stopped = leased.stopped
+            errors = self._device.load(loads, blocks.part(0, len(loads)), stream) if loads else []
         done = next((n for n, error in enumerate(errors) if error is not None), len(loads))
         done_bytes = sum(load.size_bytes for load in loads[:done])
         error = errors[done] if done < len(loads) else unfit
         if error is not None:
             failure = BlockFailure(paths[done], error)
             return Onboarded(len(paths), done, done_bytes, "failed", failure)
-        stopped = leased.stopped
         if done < len(paths) and stopped == "found":
             stopped = "missing"
         return Onboarded(len(paths), done, done_bytes, stopped)
