@@ -26,6 +26,7 @@ from kvfs.control import (
     pack,
 )
 from kvfs.dialogue import (
+    GRACE_S,
     Answer,
     Ask,
     Below,
@@ -33,6 +34,7 @@ from kvfs.dialogue import (
     Conversation,
     Dialogue,
     Forsake,
+    Tell,
     Write,
     bytes_of,
 )
@@ -284,6 +286,8 @@ class Client:
             try:
                 if isinstance(step, Ask):
                     outcome = connection.ask(step)
+                elif isinstance(step, Tell):
+                    connection.tell(step)
                 elif isinstance(step, Write):
                     step.carry_out()
                 elif isinstance(step, Forsake):
@@ -327,6 +331,13 @@ class Connection:
             raise
         return answer
 
+    def tell(self, tell: Tell) -> None:
+        """Send a request; its answer is read, and dropped, with that to the next one. Raises
+        DaemonUnavailable."""
+        with self._conversing(GRACE_S):
+            self._send(tell)
+            self.conversation.abandon()
+
     def _catch_up(self) -> None:
         """Let the daemon know what nobody wants any more. What ended by itself is fine."""
         for overdue in self.conversation.overdue():
@@ -336,10 +347,8 @@ class Connection:
                 continue
 
     def _exchange(self, ask: Ask) -> Answer:
-        try:
-            self._socket.settimeout(ask.wait_s)
-            with pack(self.conversation.begin(ask)) as (buffers, ancillary):
-                self._socket.sendmsg(buffers, ancillary)
+        with self._conversing(ask.wait_s):
+            self._send(ask)
             while True:
                 data, received, flags, _ = self._socket.recvmsg(
                     RECV_BYTES, ALL_DESCRIPTORS_BYTES, socket.MSG_CMSG_CLOEXEC
@@ -347,9 +356,20 @@ class Connection:
                 answer = self.conversation.take(data, received, flags)
                 if answer is not None:
                     return answer
+
+    def _send(self, ask: Ask | Tell) -> None:
+        with pack(self.conversation.begin(ask)) as (buffers, ancillary):
+            self._socket.sendmsg(buffers, ancillary)
+
+    @contextlib.contextmanager
+    def _conversing(self, wait_s: float) -> Iterator[None]:
+        """No answer is waited for longer than that, and none at all after an error."""
+        try:
+            self._socket.settimeout(wait_s)
+            yield
         except TimeoutError as error:
             self.conversation.abandon()
-            text = f"{self._path}: the daemon was silent for {ask.wait_s:g} s"
+            text = f"{self._path}: the daemon was silent for {wait_s:g} s"
             raise DaemonUnavailable(text) from error
         except OSError as error:
             self.conversation.abandon()

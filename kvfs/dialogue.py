@@ -60,6 +60,14 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class Tell:
+    """Send a request of which nobody needs the answer. Requests are served in order."""
+
+    verb: str
+    args: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Write:
     """Write all of a buffer to a file from its beginning; it may take a while."""
 
@@ -101,7 +109,7 @@ class Answer:
         self.parts = []
 
 
-Action = Ask | Write | Forsake
+Action = Ask | Tell | Write | Forsake
 Dialogue = Generator[Action, Any, T]
 
 
@@ -117,7 +125,7 @@ class Conversation:
         self._answer = Answer()
         self._forsaken: list[Forsake] = []
 
-    def begin(self, ask: Ask) -> Request:
+    def begin(self, ask: Ask | Tell) -> Request:
         """The next request."""
         self._id += 1
         self._answer = Answer()
@@ -268,7 +276,7 @@ def _close_all(blocks: Sequence[LeasedBlock | None]) -> None:
 def release(leased: Leased) -> Dialogue[None]:
     """End a lease whose descriptors are closed."""
     if leased.numbers:
-        yield Ask("release", {"leases": list(leased.numbers)})
+        yield Tell("release", {"leases": list(leased.numbers)})
 
 
 def renew(leased: Leased) -> Dialogue[float]:

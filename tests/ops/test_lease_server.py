@@ -568,6 +568,18 @@ def test_a_user_over_his_limit_gets_one_clear_error(served: Served, client: Clie
     wait_for_nothing_lent(served)
 
 
+def test_a_release_that_nobody_waits_for_comes_before_the_next_request(
+    served: Served, client: Client
+) -> None:
+    paths = fill(served, 100)
+    served.call(_limit, served, len(paths))
+    for _ in range(50):
+        with client.lease(paths) as leased:
+            assert len(leased) == len(paths)
+    assert len(client.lookup(paths)) == len(paths)
+    wait_for_nothing_lent(served)
+
+
 def _limit(served: Served, most: int) -> None:
     config = served.store.volume.config
     leases = msgspec.structs.replace(config.leases, max_leases=most)
