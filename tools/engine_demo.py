@@ -147,6 +147,10 @@ class Mount:
     def tier_count(self, tier: str, key: str) -> int:
         return next(int(each[key]) for each in self.status()["tiers"] if each["name"] == tier)
 
+    def counted(self, event: str) -> int:
+        """How often it happened since the mount."""
+        return int(self.status()["counters"].get(event, 0))
+
     def _kvfs_json(self, verb: str, path: Path, *options: str | Path) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self._kvfs(verb, path, *options, "--json"))
         return document
@@ -203,6 +207,17 @@ def check_opens(step: str, mount: Mount, tier: str, before: int) -> Check:
     return Check(step, f"opens on {tier}", expected, str(opened), held=opened >= BLOCKS)
 
 
+def check_path(step: str, mount: Mount) -> Check:
+    """Which way the engine's bytes took: past the daemon, where this machine can."""
+    path = mount.status()["data_path"]
+    way = "passthrough" if path["passthrough"] else "served"
+    expected = f"{BLOCKS} or more {way}"
+    if path["reason"]:
+        expected += f" ({path['reason']})"
+    opened = mount.counted(f"opens_{way}")
+    return Check(step, "opens by data path", expected, f"{opened} {way}", held=opened >= BLOCKS)
+
+
 def check_placement(step: str, mount: Mount) -> list[Check]:
     """Asks the daemon, then looks into the tiers themselves."""
     block = next(path for path in files_below(mount.mountpoint) if path.suffix == ".bin")
@@ -238,6 +253,7 @@ def mount_demo(engine: Engine, mount: Mount) -> list[Check]:
     checks: list[Check] = []
     first = engine.run("run 1", mount.mountpoint)
     checks += check_store("run 1, empty mount", first)
+    checks.append(check_path("run 1, empty mount", mount))
     checks.append(check_match("run 1, empty mount", mount.match(first.prompt), "nvme"))
     before = mount.tier_count("nvme", "opens")
     second = engine.run("run 2", mount.mountpoint)
@@ -252,6 +268,7 @@ def mount_demo(engine: Engine, mount: Mount) -> list[Check]:
     third = engine.run("run 3", mount.mountpoint)
     checks += check_load("run 3, remounted, blocks on hdd", third, first)
     checks.append(check_opens("run 3, remounted, blocks on hdd", mount, "hdd", before))
+    checks.append(check_path("run 3, remounted, blocks on hdd", mount))
     return checks
 
 
