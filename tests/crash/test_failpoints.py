@@ -152,7 +152,7 @@ async def check(scene: str, base: Path) -> None:
         if scene == "repair":
             await fsck(store, repair=True)
         judge(promises, await everything(store), power_lost=scene in POWER_LOST)
-        await assert_consistent(store)
+        await assert_consistent(store, copied=True)
         assert await fsck(store, repair=False) == []
     finally:
         store.volume.close(clean=True)
