@@ -138,7 +138,7 @@ class Attributes:
         found = {}
         for replica in self.volume.catalog.replicas(number):
             tier = self.volume.by_number[replica.tier]
-            with self.volume.overlook("mirrors_failed", tier):
+            with self.volume.overlook("lookups_failed", tier):
                 absolute = tier.locate(path, bool(replica.fanned))
                 status = await tier.run(tier.files.status, absolute)
                 found[tier.number] = status.st_mtime_ns
