@@ -444,9 +444,6 @@ class Catalog:
         self._changing(inode)
         self._db.execute("DELETE FROM replica WHERE inode = ? AND tier = ?", (inode, tier))
 
-    def set_allocated(self, inode: int, tier: int, allocated_bytes: int) -> None:
-        self.update_replica(inode, tier, allocated_bytes=allocated_bytes)
-
     def set_fanned(self, inode: int, tier: int, fanned: bool) -> None:
         self.update_replica(inode, tier, fanned=int(fanned))
 

@@ -65,7 +65,7 @@ class RememberedRows(RuleBasedStateMachine):
         try:
             with self.catalog.transaction("test"):
                 self.catalog.update(inode, size_bytes=size, state=int(BlockState.SEALED))
-                self.catalog.set_allocated(inode, 1, size)
+                self.catalog.update_replica(inode, 1, allocated_bytes=size)
                 if not keep:
                     raise Undo
         except Undo:

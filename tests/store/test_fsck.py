@@ -123,7 +123,9 @@ async def miscount_the_whole(store: Store) -> None:
 
 async def miscount_a_replica(store: Store) -> None:
     nvme = store.volume.tiers[0]
-    store.volume.catalog.set_allocated(row_at(store, b"d/fast").id, nvme.number, 1 << 20)
+    store.volume.catalog.update_replica(
+        row_at(store, b"d/fast").id, nvme.number, allocated_bytes=1 << 20
+    )
     store.volume.load_usage()
 
 
