@@ -196,8 +196,6 @@ def run_rounds(
         for position, samples in enumerate(results):
             shift = (turn + position) % len(targets)
             for target in (*targets[shift:], *targets[:shift]):
-                if not target.does(samples.operation.loop):
-                    continue
                 progress(f"round {turn + 1}/{rounds}: {samples.operation.title}, {target.name}")
                 samples.add(target.name, bench.sample(samples.operation, target))
     for samples in results:
@@ -266,8 +264,7 @@ def run_bench(
         Progress(*columns, console=console, disable=not console.is_terminal) as bar,
     ):
         facts = {"rounds": rounds, **machine_facts(root)}
-        steps = sum(target.does(row.loop) for row in rows for target in targets)
-        task = bar.add_task("writing blocks", total=rounds * steps)
+        task = bar.add_task("writing blocks", total=rounds * len(rows) * len(targets))
         bench = Bench(targets, workers)
         bench.prepare(rows)
         results = run_rounds(

@@ -1,21 +1,39 @@
-"""The least that a filesystem in pyfuse3 can do: what a round trip through it costs by itself.
+"""The least that a filesystem in pyfuse3 can do: what its round trips cost by themselves.
 
-A peer of `make bench`, for the rows that are nothing but round trips. It looks names up in one
-directory and opens files there: no catalog, no heat, no checks. Run as a process of its own.
+A peer of `make bench`. It shows one directory, and where kvfs can be passed by, so can it: no
+catalog, no heat, no checks, no seals, no extended attributes. What was read stays open and
+registered. Run as a process of its own.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-import pyfuse3
 import trio
 
+from kvfs.errors import MountpointError
+from kvfs.mount.passthrough import BACKING_ID_SHIFT, Channel, Passthrough, preload
+
+# Before pyfuse3, which is to use its replies.
+HAS_REPLIES = preload()
+
+import pyfuse3  # noqa: E402
+
 CACHED_S = 300.0
+HANDLE_MASK = (1 << BACKING_ID_SHIFT) - 1
+
+
+@dataclass(slots=True)
+class File:
+    """A file that was opened, and its number for the kernel; 0: its bytes come this way."""
+
+    descriptor: int
+    backing_id: int = 0
+    written: bool = False
 
 
 class Floor(pyfuse3.Operations):
@@ -23,10 +41,11 @@ class Floor(pyfuse3.Operations):
 
     enable_writeback_cache = False
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, passthrough: Passthrough | None) -> None:
         super().__init__()
-        self._source = os.fsencode(source)
-        self._paths: dict[int, bytes] = {pyfuse3.ROOT_INODE: self._source}
+        self._passthrough = passthrough
+        self._paths: dict[int, bytes] = {pyfuse3.ROOT_INODE: os.fsencode(source)}
+        self._files: dict[int, File] = {}
 
     def _entry(self, inode: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
@@ -49,29 +68,103 @@ class Floor(pyfuse3.Operations):
             status = os.lstat(path)
         except FileNotFoundError:
             raise pyfuse3.FUSEError(errno.ENOENT) from None
-        if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
-            raise pyfuse3.FUSEError(errno.ENOENT)
         self._paths[status.st_ino] = path
         return self._entry(status.st_ino, status)
+
+    async def mkdir(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, mode: pyfuse3.ModeT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:  # fmt: skip
+        os.mkdir(self._paths[parent_inode] + b"/" + name, mode)
+        return await self.lookup(parent_inode, name, ctx)
+
+    async def create(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, mode: pyfuse3.ModeT,
+        flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:  # fmt: skip
+        path = self._paths[parent_inode] + b"/" + name
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        status = os.fstat(descriptor)
+        self._paths[status.st_ino] = path
+        self._files[status.st_ino] = self._registered(File(descriptor, written=True))
+        return self._info(status.st_ino), self._entry(status.st_ino, status)
 
     async def open(
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(os.open(self._paths[inode], os.O_RDONLY)))
+        if inode not in self._files:
+            descriptor = os.open(self._paths[inode], os.O_RDONLY)
+            self._files[inode] = self._registered(File(descriptor))
+        return self._info(inode)
+
+    def _registered(self, file: File) -> File:
+        if self._passthrough is not None:
+            file.backing_id = self._passthrough.register(file.descriptor)
+        return file
+
+    def _info(self, inode: int) -> pyfuse3.FileInfo:
+        handle = inode | self._files[inode].backing_id << BACKING_ID_SHIFT
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle))
+
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        return os.pread(self._files[fh & HANDLE_MASK].descriptor, size, off)
+
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        return os.pwrite(self._files[fh & HANDLE_MASK].descriptor, buf, off)
 
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        os.close(fh)
+        inode = fh & HANDLE_MASK
+        file = self._files.get(inode)
+        if file is None or not file.written:
+            return
+        del self._files[inode]
+        if self._passthrough is not None:
+            self._passthrough.unregister(file.backing_id)
+        os.close(file.descriptor)
+
+    async def rename(
+        self, parent_inode_old: pyfuse3.InodeT, name_old: pyfuse3.FileNameT,
+        parent_inode_new: pyfuse3.InodeT, name_new: pyfuse3.FileNameT, flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:  # fmt: skip
+        target = self._paths[parent_inode_new] + b"/" + name_new
+        os.rename(self._paths[parent_inode_old] + b"/" + name_old, target)
+        self._paths[os.lstat(target).st_ino] = target
+
+
+def mount(source: Path, mountpoint: Path) -> Channel | None:
+    """Past the bytes where the kernel and privileges allow it, else as pyfuse3 does it."""
+    if HAS_REPLIES and os.geteuid() == 0:
+        channel = Channel(mountpoint, "floor", allow_other=False)
+        passthrough = Passthrough()
+        passthrough.use(channel)
+        offered = passthrough if channel.offered else None
+        pyfuse3.init(Floor(source, offered), channel.path, set())
+        return channel
+    options = {*pyfuse3.default_options, "fsname=floor"}
+    try:
+        pyfuse3.init(Floor(source, None), str(mountpoint), options)
+    except RuntimeError as error:
+        raise MountpointError(f"{mountpoint}: {error}") from None
+    return None
+
+
+async def serve(channel: Channel | None) -> None:
+    """Until it is unmounted."""
+    async with trio.open_nursery() as nursery:
+        if channel is not None:
+            nursery.start_soon(channel.finish)
+        await pyfuse3.main()
 
 
 def main(source: Path, mountpoint: Path) -> None:
     """Serve `source` at `mountpoint` until it is unmounted."""
-    options = {*pyfuse3.default_options, "fsname=floor"}
-    pyfuse3.init(Floor(source), str(mountpoint), options)
+    channel = mount(source, mountpoint)
     try:
-        trio.run(pyfuse3.main)
+        trio.run(serve, channel)
     finally:
         pyfuse3.close(unmount=False)
 

@@ -30,10 +30,9 @@ MERGERFS = (
     "mergerfs", "-f", "-o", "cache.files=off,category.create=ff", "{source}", "{mountpoint}",
 )  # fmt: skip
 PEERS = {command[0]: command for command in (BINDFS, MERGERFS)}
-# What a round trip through pyfuse3 costs by itself: only for loops that are nothing else.
+# What the round trips through pyfuse3 cost by themselves.
 FLOOR = "pyfuse3"
 FLOOR_COMMAND = (sys.executable, "-m", "kvfs.tools.bench_floor", "{source}", "{mountpoint}")
-FLOOR_LOOPS = frozenset({"access_unknown", "open_close"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +48,6 @@ class Target:
     def keeps_blocks(self) -> bool:
         """Whether it has blocks of its own; the others show those of the raw directory."""
         return self.directory == self.backing or self.name == "kvfs"
-
-    def does(self, loop: str) -> bool:
-        """Whether a loop can be run on it."""
-        return self.name != FLOOR or loop in FLOOR_LOOPS
 
     def daemon_cpu_s(self) -> float:
         """CPU time of the process that serves it."""
