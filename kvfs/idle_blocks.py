@@ -1,8 +1,8 @@
 """Blocks that nobody has open any more, kept open for the next reader.
 
-Opening a hot block again then asks neither the catalog nor the tier: its descriptor and what the
-kernel knows it by are still there. Whatever the catalog changes of a block ends that, and a file
-that was touched behind kvfs is not taken from here.
+Opening or leasing a hot block again then asks neither the catalog nor the tier: its descriptor and
+what the kernel knows it by are still there. Whatever the catalog changes of a block ends that, and
+a file that was touched behind kvfs is not taken from here.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ class IdleBlocks:
 
     def put(self, block: OpenBlock) -> bool:
         """Keep a block after its last close; False for one that is not worth it."""
-        if not block.backing_id or block.fetched or block.outdated or self.limit == 0:
+        if block.fetched or block.decoder or block.outdated or self.limit == 0:
             return False
+        if not block.backing_id:
+            # The kernel does not know it: then only where opening it never waits.
+            if block.reader_fd < 0 or block.sealed is None or not block.tier.inline:
+                return False
+            block.mode = ""
         assert block.writer_fd < 0, "what a writer had open was changed"
         left_as, sealed = fingerprint(block.reader_fd), block.sealed
         if left_as is None or (sealed and left_as != (sealed.file_bytes, sealed.mtime_ns)):

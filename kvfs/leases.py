@@ -139,29 +139,35 @@ class Leases:
         """What can be lent without waiting; None for what cannot. Unless `sparse` it ends at the
         first name that is none: a miss is known at once."""
         results: list[Result] = []
-        now_s = self.volume.clock.now_s()
+        loans: list[Loan] = []
         for name in names:
             result = self.lender.at_once(name, terms)
-            if isinstance(result, Loan):
-                self._enter(lease, result, now_s)
             results.append(result)
-            if isinstance(result, Status) and not sparse:
+            if isinstance(result, Loan):
+                loans.append(result)
+            elif result is not None and not sparse:
                 break
+        if loans:
+            self.volume.counters.tier(0).opens += len(loans)
+            self._enter(lease, loans)
         return results
 
-    def _enter(self, lease: Lease, loan: Loan, now_s: float) -> None:
-        """Count a loan. Raises QuotaExceeded, with the block given back."""
-        who = lease.holder.who
+    def _enter(self, lease: Lease, loans: list[Loan]) -> None:
+        """Count loans. Raises QuotaExceeded, with the blocks given back."""
+        uid = lease.holder.who.uid
         try:
             if lease.number not in self._leases:
                 raise QuotaExceeded("the lease ended before it was complete")
-            self.quotas.charge(who.uid, loan.row.size_bytes)
+            self.quotas.charge(uid, sum(loan.row.size_bytes for loan in loans), len(loans))
         except QuotaExceeded:
-            self.lender.take_back(loan)
+            for loan in loans:
+                self.lender.take_back(loan)
             raise
-        lease.loans.append(loan)
-        if who.uid not in self.volume.config.tiering.quiet_uids:
-            self.volume.accesses.touch(loan.row.id, now_s)
+        lease.loans += loans
+        if uid not in self.volume.config.tiering.quiet_uids:
+            now_s = self.volume.clock.now_s()
+            for loan in loans:
+                self.volume.accesses.touch(loan.row.id, now_s)
 
     async def _with_waiting(
         self, lease: Lease, names: list[Name], results: list[Result], terms: Terms
@@ -175,7 +181,7 @@ class Leases:
                 result = await self.lender.in_time(names[place], terms)
                 if isinstance(result, Loan):
                     try:
-                        self._enter(lease, result, self.volume.clock.now_s())
+                        self._enter(lease, [result])
                     except KvfsError as error:
                         failures.append(error)
                         nursery.cancel_scope.cancel()
@@ -239,11 +245,12 @@ class Leases:
         """Whatever the reason, and however often."""
         self._leases.pop(lease.number, None)
         lease.holder.leases.discard(lease.number)
-        uid = lease.holder.who.uid
-        while lease.loans:
-            loan = lease.loans.pop()
-            self.quotas.refund(uid, loan.row.size_bytes)
-            self.lender.end(loan, uid)
+        uid, loans = lease.holder.who.uid, lease.loans
+        if loans:
+            lease.loans = []
+            self.quotas.refund(uid, sum(loan.row.size_bytes for loan in loans), len(loans))
+            for loan in loans:
+                self.lender.end(loan, uid)
 
     async def run(self) -> None:
         """End what was not renewed."""

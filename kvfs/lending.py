@@ -89,7 +89,8 @@ class Lender:
             return Status.DENIED
         if row.state != BlockState.SEALED or not self.volume.claims.is_free(name.path):
             return None
-        tier, replica = self._inline_replica(row.id)
+        tier = self.volume.tiers[0]
+        replica = self._inline_replica(row.id, tier)
         if replica is None:
             return None
         block = self.blocks.join(row.id, tier)
@@ -104,24 +105,26 @@ class Lender:
                 self.blocks.part(block)
         return loan
 
-    def _inline_replica(self, number: int) -> tuple[Tier, Replica | None]:
-        """A good raw replica on the tier that is called on the loop, if that can be."""
-        first = self.volume.tiers[0]
-        if first.inline and first.online and not first.health.behind:
+    def _inline_replica(self, number: int, tier: Tier) -> Replica | None:
+        """A good raw replica on this tier, if it is called on the loop and can be now."""
+        if tier.inline and tier.online and not tier.health.behind:
             for replica in self.volume.catalog.replicas(number):
-                good = replica.state == GOOD and replica.codec == RAW
-                if replica.tier == first.number and good:
-                    return first, replica
-        return first, None
+                if replica.tier == tier.number:
+                    good = replica.state == GOOD and replica.codec == RAW
+                    return replica if good else None
+        return None
 
     def _open_inline(
         self, block: OpenBlock, row: Inode, replica: Replica, path: bytes, terms: Terms
     ) -> Loan | None:
         tier, verifier = block.tier, self.blocks.verifier
+        direct = terms.direct and tier.identity.probe.o_direct
+        if not direct and (descriptor := block.hand_over()) >= 0:
+            # Kept since its last reader, as it was then.
+            return Loan(block, descriptor, row, direct, block.sealed)
         expected = verifier.expected(row, replica)
         if expected is None:
             return None
-        direct = terms.direct and tier.identity.probe.o_direct
         flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
         try:
             descriptor = open_file(tier, path, bool(replica.fanned), flags, expected)
@@ -133,7 +136,6 @@ class Lender:
             return None
         # Opened so that a fifo would not stop the loop; the client gets a file like any other.
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
-        self.volume.counters.tier(tier.index).opens += 1
         return Loan(block, descriptor, row, direct, expected)
 
     # --- with waiting

@@ -138,6 +138,14 @@ class OpenBlock:
             self.reader_fd = os.open(f"/proc/self/fd/{self.writer_fd}", os.O_RDONLY | os.O_CLOEXEC)
         return self.reader_fd
 
+    def hand_over(self) -> int:
+        """The descriptor of the bytes for its only user, who shares it with nobody from here on;
+        -1 where others have or had it."""
+        if self.users != 1 or self.backing_id or self.sealed is None:
+            return -1
+        descriptor, self.reader_fd = self.reader_fd, -1
+        return descriptor
+
     def hold(self, space: TierSpace) -> None:
         """The name is gone: the bytes stay counted until the last close."""
         self.held_bytes = self.accounted_bytes

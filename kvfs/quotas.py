@@ -53,35 +53,37 @@ class Quotas:
         """A user's account; one that holds nothing is not kept."""
         return self._accounts.get(uid) or Account()
 
-    def charge(self, uid: int, size_bytes: int) -> None:
-        """One more block of this size. Raises QuotaExceeded."""
+    def charge(self, uid: int, size_bytes: int, blocks: int = 1) -> None:
+        """More blocks, of so many bytes together. Raises QuotaExceeded, and none of them counts."""
         account, total = self._accounts.get(uid) or Account(), self.total
-        self._check(uid, account, size_bytes)
+        self._check(uid, account, size_bytes, blocks)
         self._accounts[uid] = account
-        account.leases += 1
+        account.leases += blocks
         account.size_bytes += size_bytes
-        total.leases += 1
+        total.leases += blocks
         total.size_bytes += size_bytes
 
-    def _check(self, uid: int, account: Account, size_bytes: int) -> None:
+    def _check(self, uid: int, account: Account, size_bytes: int, blocks: int) -> None:
         config, open_still = self._config, self.lingering.of_user[uid]
-        if account.leases >= config.max_leases:
-            why = f"{account.leases} blocks are leased: release some"
+        leased = account.leases + blocks
+        if leased > config.max_leases:
+            why = f"{leased} blocks would be leased, of at most {config.max_leases}: release some"
             raise self._refusal(why, reason="leases")
-        if account.leases + open_still >= 2 * config.max_leases:
+        if leased + open_still > 2 * config.max_leases:
             why = f"{open_still} files are open after their lease: close them"
             raise self._refusal(why, reason="open")
         if account.size_bytes + size_bytes > config.max_bytes:
-            held = format_size(account.size_bytes)
-            raise self._refusal(f"{held} are leased: release some", reason="bytes")
-        if self.total.leases + self.lingering.total >= self._most_leases:
+            held, most = format_size(account.size_bytes + size_bytes), format_size(config.max_bytes)
+            why = f"{held} would be leased, of at most {most}: release some"
+            raise self._refusal(why, reason="bytes")
+        if self.total.leases + self.lingering.total + blocks > self._most_leases:
             why = "too many blocks are leased with those of others: the daemon needs descriptors"
             raise self._refusal(why, reason="descriptors")
 
-    def refund(self, uid: int, size_bytes: int) -> None:
-        """One block less."""
+    def refund(self, uid: int, size_bytes: int, blocks: int = 1) -> None:
+        """Fewer blocks."""
         for counted in (self._accounts[uid], self.total):
-            counted.leases -= 1
+            counted.leases -= blocks
             counted.size_bytes -= size_bytes
         self._tidy(uid)
 

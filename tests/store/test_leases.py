@@ -28,6 +28,7 @@ from tests.store.helpers import (
     put,
     put_on,
     read,
+    rename,
     row_at,
     seal_all,
     take_away,
@@ -43,8 +44,9 @@ def limit(store: Store, **settings: object) -> None:
     store.volume.config = msgspec.structs.replace(store.volume.config, leases=leases)
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def descriptors(store: Store) -> int:
+    """Those of the process, but for the one of each block that is kept open."""
+    return len(os.listdir("/proc/self/fd")) - len(store.blocks.idle)
 
 
 def used(store: Store, tier: str = "nvme") -> tuple[int, int]:
@@ -111,6 +113,70 @@ async def test_descriptors_are_read_only_and_of_the_client_alone(bench: Workbenc
     await store.blocks.close(block, writer=False)
     for each in (one, other):
         await borrower.give_back(each)
+
+
+async def test_a_block_that_was_leased_lately_is_lent_without_opening_it(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await bench.start()
+    inode = await put(store, b"a", b"x" * 8192)
+    borrower = Borrower(store)
+    first = await borrower.lease(b"a")
+    os.lseek(first.descriptors[0], 100, os.SEEK_SET)
+    fcntl.fcntl(first.descriptors[0], fcntl.F_SETFL, os.O_DIRECT)
+    await borrower.give_back(first)
+    assert inode not in store.replicas.open_blocks
+    monkeypatch.setattr("kvfs.lending.open_file", None)
+    again = await borrower.lease(b"a")
+    # With a description that nobody has had.
+    assert os.lseek(again.descriptors[0], 0, os.SEEK_CUR) == 0
+    assert not fcntl.fcntl(again.descriptors[0], fcntl.F_GETFL) & (os.O_DIRECT | os.O_NONBLOCK)
+    assert again.read() == b"x" * 8192
+    monkeypatch.undo()
+    # Two at one time share none, and a mount that has it open shares none either.
+    other = await borrower.lease(b"a")
+    os.lseek(other.descriptors[0], 100, os.SEEK_SET)
+    assert os.lseek(again.descriptors[0], 0, os.SEEK_CUR) == 0
+    for each in (again, other):
+        await borrower.give_back(each)
+    block = await store.blocks.open_reader(inode)
+    shared = await borrower.lease(b"a")
+    fcntl.fcntl(shared.descriptors[0], fcntl.F_SETFL, os.O_DIRECT)
+    assert await store.blocks.read(block, 1, 10) == b"x" * 10
+    await store.blocks.close(block, writer=False)
+    await borrower.give_back(shared)
+    await assert_consistent(store)
+
+
+@pytest.mark.parametrize("touch", ["rewritten", "replaced", "renamed", "demoted"])
+async def test_one_that_changed_since_its_last_lease_is_looked_at_anew(
+    bench: Workbench, touch: str, expect_log: list[str]
+) -> None:
+    store = await bench.start()
+    await put(store, b"a", b"x" * 8192)
+    borrower, name = Borrower(store), b"a"
+    await borrower.give_back(await borrower.lease(b"a"))
+    assert len(store.blocks.idle) == 1
+    if touch == "rewritten":
+        file_on(store, "nvme", b"a").write_bytes(b"y" * 8192)
+    elif touch == "replaced":
+        await put(store, b"b", b"z" * 10)
+        await rename(store, b"b", b"a")
+    elif touch == "renamed":
+        await rename(store, b"a", b"c")
+        name = b"c"
+    else:
+        await move(store, "demote", b"a", "nvme", "hdd")
+    got = await borrower.lease(name)
+    if touch == "rewritten":
+        # The only replica is not what was sealed.
+        expect_log.append("'a' is bad")
+        assert got.statuses == ["MISSING"]
+        return
+    assert got.read() == (b"z" * 10 if touch == "replaced" else b"x" * 8192)
+    assert borrower.loans[-1].block.tier.name == ("hdd" if touch == "demoted" else "nvme")
+    await borrower.give_back(got)
+    await assert_consistent(store)
 
 
 @pytest.mark.parametrize("tier", ["nvme", "hdd", "remote"])
@@ -315,14 +381,14 @@ async def test_a_mapping_keeps_a_block_like_a_descriptor(bench: Workbench) -> No
 async def test_several_ended_leases_of_one_block(bench: Workbench) -> None:
     store = await bench.start()
     inode = await put(store, b"a", b"x")
-    before = descriptors()
+    before = descriptors(store)
     borrowers = [Borrower(store), Borrower(store, STRANGER), Borrower(store)]
     leases = [await borrower.lease(b"a") for borrower in borrowers]
     for borrower, got in zip(borrowers, leases, strict=True):
         store.leases.release(borrower.holder, [got.number])
     await store.lingering.settle()
     # One description of the daemon's own, and the clients' three.
-    assert descriptors() == before + 1 + 3
+    assert descriptors(store) == before + 1 + 3
     assert store.replicas.open_blocks[inode].readers == 3
     for got in leases[:2]:
         got.close()
@@ -331,7 +397,7 @@ async def test_several_ended_leases_of_one_block(bench: Workbench) -> None:
     leases[2].close()
     await store.lingering.settle()
     assert inode not in store.replicas.open_blocks
-    assert descriptors() == before
+    assert descriptors(store) == before
 
 
 async def test_while_somebody_reads_it_nobody_asks_who_else_does(bench: Workbench) -> None:
@@ -398,7 +464,7 @@ async def test_leases_end_with_their_connection_and_only_then(bench: Workbench) 
 async def test_a_lease_that_cannot_be_delivered_leaves_nothing(bench: Workbench) -> None:
     store = await bench.start()
     await put(store, b"a", b"x")
-    borrower, before = Borrower(store), descriptors()
+    borrower, before = Borrower(store), descriptors(store)
 
     async def broken(*_: object) -> None:
         raise BrokenPipeError
@@ -408,7 +474,7 @@ async def test_a_lease_that_cannot_be_delivered_leaves_nothing(bench: Workbench)
     with pytest.raises(BrokenPipeError):
         await store.leases.grant(borrower.holder, paths, terms, broken, sparse=False)
     await store.lingering.settle()
-    assert descriptors() == before
+    assert descriptors(store) == before
     assert (len(store.leases), borrower.holder.leases) == (0, set())
     await assert_consistent(store)
 
@@ -424,13 +490,13 @@ async def test_a_user_over_a_limit_is_refused_and_keeps_what_he_has(bench: Workb
     limit(store, max_leases=3)
     one, other, stranger = Borrower(store), Borrower(store), Borrower(store, STRANGER)
     got = await one.lease(b"0", b"1")
-    with pytest.raises(QuotaExceeded, match="3 blocks are leased: release some"):
+    with pytest.raises(QuotaExceeded, match="5 blocks would be leased, of at most 3: release some"):
         await other.lease(b"2", b"3", b"4")
     assert store.quotas.account(0).leases == 2
     third = await other.lease(b"2")
     theirs = await stranger.lease(b"0", b"1", b"2")
     limit(store, max_leases=100, max_bytes=4000)
-    with pytest.raises(QuotaExceeded, match="are leased: release some"):
+    with pytest.raises(QuotaExceeded, match=r"would be leased, of at most .* KiB: release some"):
         await other.lease(b"3", b"4")
     assert [got.read(0), third.read()] == [b"x" * 1000] * 2
     for borrower, each in ((one, got), (other, third), (stranger, theirs)):
