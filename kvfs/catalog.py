@@ -61,9 +61,10 @@ class Catalog:
         self.intents = Intents(self._db, self.transaction)
         self.fan_out_names = layout.FAN_OUT_NAMES
         # Rows as the catalog has them: whatever changes one of an inode forgets it.
-        self._rows = Recent[Inode](ROWS_CACHED)
-        self._replicas = Recent[tuple[Replica, ...]](ROWS_CACHED)
-        self._entries = Recent[tuple[int, bytes]](ROWS_CACHED)
+        self._rows = Recent[int, Inode](ROWS_CACHED)
+        self._replicas = Recent[int, tuple[Replica, ...]](ROWS_CACHED)
+        self._entries = Recent[int, tuple[int, bytes]](ROWS_CACHED)
+        self._numbers = Recent[tuple[int, bytes], int](ROWS_CACHED)
         # Called with an inode before its row or the places of its replicas change.
         self.changing: Callable[[int], None] = lambda inode: None
 
@@ -125,6 +126,7 @@ class Catalog:
         self._rows.clear()
         self._replicas.clear()
         self._entries.clear()
+        self._numbers.clear()
 
     # --- meta and tiers
 
@@ -191,12 +193,26 @@ class Catalog:
     # --- names
 
     def lookup(self, parent: int, name: bytes) -> Inode | None:
+        number = self.known(parent, name)
+        if number:
+            return self.get(number)
         row = self._db.execute(
             f"SELECT {_INODE} FROM dirent d JOIN inode i ON i.id = d.inode"
             " WHERE d.parent = ? AND d.name = ?",
             (parent, name),
         ).fetchone()
-        return Inode._make(row) if row else None
+        if row is None:
+            return None
+        self.learn(parent, name, row[0])
+        return self._rows.put(row[0], Inode._make(row))
+
+    def known(self, parent: int, name: bytes) -> int:
+        """The inode of a name, as far as it is in memory; 0 says nothing."""
+        return self._numbers.get((parent, name)) or 0
+
+    def learn(self, parent: int, name: bytes, inode: int) -> None:
+        """A query on the loop found this name."""
+        self._numbers.put((parent, name), inode)
 
     def get(self, inode: int) -> Inode | None:
         cached = self._rows.get(inode)
@@ -337,6 +353,7 @@ class Catalog:
         """Give a new inode its name. Raises sqlite3.IntegrityError when the name is taken."""
         self._db.execute("INSERT INTO dirent VALUES (?, ?, ?)", (inode, parent, name))
         self._entries.put(inode, (parent, name))
+        self.learn(parent, name, inode)
         self._count_name(parent, 1)
 
     def relink(self, inode: int, parent: int, name: bytes) -> None:
@@ -346,7 +363,9 @@ class Catalog:
         self._db.execute(
             "UPDATE dirent SET parent = ?, name = ? WHERE inode = ?", (parent, name, inode)
         )
+        self._numbers.forget(before)
         self._entries.put(inode, (parent, name))
+        self.learn(parent, name, inode)
         self._count_name(before[0], -1)
         self._count_name(parent, 1)
 
@@ -362,9 +381,10 @@ class Catalog:
     def _delete_rows(self, inode: int) -> None:
         self._changing(inode)
         row = self._db.execute(
-            "DELETE FROM dirent WHERE inode = ? RETURNING parent", (inode,)
+            "DELETE FROM dirent WHERE inode = ? RETURNING parent, name", (inode,)
         ).fetchone()
         if row:
+            self._numbers.forget((row[0], row[1]))
             self._count_name(row[0], -1)
         self._db.execute("DELETE FROM inode WHERE id = ?", (inode,))
         self._db.execute("DELETE FROM replica WHERE inode = ?", (inode,))

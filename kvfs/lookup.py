@@ -126,7 +126,16 @@ class Lookup:
 
     def _inodes(self, batch: list[bytes], directories: Directories) -> list[Name]:
         asked, places = directories.ask(batch)
-        found = {row[0]: row[1] for row in self.query(asked, "d.inode", _JOIN_NAME)}
+        catalog, found, unknown = self.volume.catalog, {}, {}
+        for place, parent, name in asked:
+            number = catalog.known(parent, name)
+            if number:
+                found[place] = number
+            else:
+                unknown[place] = (place, parent, name)
+        for place, number in self.query(list(unknown.values()), "d.inode", _JOIN_NAME):
+            found[place] = number
+            catalog.learn(*unknown[place][1:], number)
         return [
             Name(path, found[place], Status.FOUND) if place in found
             else Name(path, 0, Status(-places[place]))

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
+K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class Recent(Generic[V]):
-    """Values by inode; the oldest entry leaves first. Owned by the trio loop."""
+class Recent(Generic[K, V]):
+    """Values by inode or name; the oldest entry leaves first. Owned by the trio loop."""
 
     __slots__ = ("_limit", "_values")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._values: dict[int, V] = {}
+        self._values: dict[K, V] = {}
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def get(self, inode: int) -> V | None:
-        return self._values.get(inode)
+    def get(self, key: K) -> V | None:
+        return self._values.get(key)
 
-    def put(self, inode: int, value: V) -> V:
+    def put(self, key: K, value: V) -> V:
         """Remember and return it."""
         values = self._values
-        if inode not in values and len(values) >= self._limit:
+        if key not in values and len(values) >= self._limit:
             del values[next(iter(values))]
-        values[inode] = value
+        values[key] = value
         return value
 
-    def forget(self, inode: int) -> None:
-        self._values.pop(inode, None)
+    def forget(self, key: K) -> None:
+        self._values.pop(key, None)
 
     def clear(self) -> None:
         self._values.clear()

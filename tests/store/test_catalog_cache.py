@@ -129,6 +129,13 @@ class RememberedRows(RuleBasedStateMachine):
                 "SELECT parent, name FROM dirent WHERE inode = ?", (inode,)
             ).fetchone()
             assert self.catalog.entry(inode) == entry
+        for name in NAMES:
+            found = self.catalog.lookup(ROOT_INODE, name)
+            there = self.plain.execute(
+                "SELECT inode FROM dirent WHERE parent = ? AND name = ?", (ROOT_INODE, name)
+            ).fetchone()
+            assert (found and found.id) == (there and there[0])
+            assert self.catalog.known(ROOT_INODE, name) in (0, there and there[0])
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from kvfs.recent import Recent
 def test_it_answers_what_was_put_last_or_nothing_and_stays_small(
     limit: int, steps: list[tuple[bool, int]]
 ) -> None:
-    recent = Recent[int](limit)
+    recent = Recent[int, int](limit)
     model: dict[int, int] = {}
     for turn, (putting, inode) in enumerate(steps):
         if putting:
@@ -29,7 +29,7 @@ def test_it_answers_what_was_put_last_or_nothing_and_stays_small(
 
 
 def test_the_oldest_leaves_first_and_clear_forgets_all() -> None:
-    recent = Recent[str](2)
+    recent = Recent[int, str](2)
     recent.put(1, "a")
     recent.put(2, "b")
     recent.put(1, "again")
