@@ -213,9 +213,9 @@ class Directories:
         """(place, directory, name) of each path that may be asked for, and what is known of each
         place before: a negative status."""
         asked, places = [], []
-        self._resolve({path.rpartition(b"/")[0] for path in batch})
-        for place, path in enumerate(batch):
-            head, _, name = path.rpartition(b"/")
+        parts = [path.rpartition(b"/") for path in batch]
+        self._resolve({head for head, _, _ in parts})
+        for place, (head, _, name) in enumerate(parts):
             directory = self._found[head]
             if directory > 0:
                 asked.append((place, directory, name))

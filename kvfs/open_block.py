@@ -140,9 +140,11 @@ class OpenBlock:
 
     def hand_over(self) -> int:
         """The descriptor of the bytes for its only user, who shares it with nobody from here on;
-        -1 where others have or had it."""
-        if self.users != 1 or self.backing_id or self.sealed is None:
+        -1 where others have it."""
+        if self.users != 1 or self.sealed is None:
             return -1
+        self._unregister()
+        self.mode = ""
         descriptor, self.reader_fd = self.reader_fd, -1
         return descriptor
 
@@ -162,10 +164,13 @@ class OpenBlock:
             close_descriptor(self.tier, self.writer_fd)
         self.writer_fd = -1
 
-    def close_descriptors(self) -> None:
+    def _unregister(self) -> None:
         if self.backing_id and self.unregister is not None:
             self.unregister(self.backing_id)
             self.backing_id = 0
+
+    def close_descriptors(self) -> None:
+        self._unregister()
         if self.fetched and self.reservation:
             self.reservation.release()
         reader_fd, self.reader_fd = self.reader_fd, -1

@@ -107,6 +107,17 @@ class Rounds:
             paths = tuple(f"{below}/{uuid.uuid4().hex}.bin" for _ in range(NAMES))
             self._note(what, _seconds(Share("access_unknown", paths)), NAMES, mount=True)
 
+    def first_leases(self) -> None:
+        """Of blocks that nobody had open before: once."""
+        what = f"lease of {BATCH} blocks, their first"
+        for start in range(BATCH, NAMES - BATCH, BATCH):
+            time.sleep(PAUSE_S)
+            start_s = time.perf_counter()
+            with self.client.lease(self.flat[start : start + BATCH]) as leased:
+                self._note(what, time.perf_counter() - start_s, BATCH)
+                if len(leased) != BATCH:
+                    raise KvfsError(f"{len(leased)} of {BATCH} blocks were leased")
+
     def _leases(self) -> None:
         some, one = self.flat[:BATCH], self.flat[:1]
         for _ in range(CYCLES):
@@ -177,6 +188,7 @@ def measure_client(scratch: Path | None, rounds: int) -> list[ClientRow]:
         client = stack.enter_context(Client(mountpoint))
         measured = Rounds(client, mountpoint)
         measured.prepare()
+        measured.first_leases()
         target = Target("kvfs", mountpoint, tier, mounted.pid)
         for turn in range(1, rounds + 1):
             measured.run()
