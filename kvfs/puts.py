@@ -236,7 +236,7 @@ class Puts:
         self._watch(put)
         put.closed = True
         await self.blocks.close(block, writer=True)
-        sealed = await self.sealer.seal_now(block.inode)
+        sealed = await self.sealer.seal_now(block.inode, cached=not order.direct)
         row = self.volume.catalog.get(block.inode)
         if row is None:
             raise BlockStale("its temporary file was removed")
