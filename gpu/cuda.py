@@ -17,7 +17,6 @@ from typing import Self
 
 import xxhash
 
-from kvfs.codec import CompressedBlock, open_compressed
 from kvfs.errors import BlockCorrupt, KvfsError, UsageError
 from kvfs.gpu import replica
 from kvfs.gpu.arrays import DeviceMemory, HostMemory, stream_pointer
@@ -28,6 +27,7 @@ from kvfs.gpu.kernels import plane_table
 from kvfs.gpu.layout import PagedBlocks
 from kvfs.gpu.probe import prove
 from kvfs.gpu.runtime import FrameRun, Mark, Runtime
+from kvfs.tiers.codec import CompressedBlock, open_compressed
 
 THREADS = 8
 DEPTH = 16

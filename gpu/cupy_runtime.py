@@ -11,12 +11,12 @@ from typing import Any
 import cupy
 import numpy as np
 
-from kvfs.codec import CHUNK_BYTES
 from kvfs.errors import DeviceError
 from kvfs.gpu import kernels
 from kvfs.gpu.arrays import DeviceMemory, HostMemory
 from kvfs.gpu.layout import PagedBlocks, PagedLayout
 from kvfs.gpu.runtime import ALIGNMENT_BYTES, FrameRun, Mark
+from kvfs.tiers.codec import CHUNK_BYTES
 
 _MAX_GRID_X = 1024
 

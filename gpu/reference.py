@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvfs.codec import CHUNK_BYTES
 from kvfs.gpu.arrays import HostMemory
 from kvfs.gpu.layout import PagedBlocks, Plane
+from kvfs.tiers.codec import CHUNK_BYTES
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 
 import xxhash
 
-from kvfs.codec import PIECE_BYTES, open_compressed
 from kvfs.errors import BlockCorrupt, BlockTorn, KvfsError
 from kvfs.gpu.device import RAW, Load
+from kvfs.tiers.codec import PIECE_BYTES, open_compressed
 from kvfs.units import printable
 
 _MAX_VIEWS = os.sysconf("SC_IOV_MAX")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvfs.gpu.device import RAW, ZSTD
-from kvfs.seal import SEAL_XATTR, decode_seal
+from kvfs.tiers.seal import SEAL_XATTR, decode_seal
 
 
 class LeasedBlock(Protocol):

@@ -2,8 +2,8 @@
 
 Every refusal is a ConfigError of one line that names the file, the key (`tier[1].capacity`, counted
 from 0 like the tiers themselves) and the reason. It follows links to compare paths but never opens,
-creates or probes a tier; kvfs.tier does. The command loads it, the daemon keeps it, and a reload
-compares two of them.
+creates or probes a tier; kvfs.tiers.tier does. The command loads it, the daemon keeps it, and a
+reload compares two of them.
 """
 
 from __future__ import annotations

@@ -16,18 +16,19 @@ from typing import Any
 
 import trio
 
-from kvfs import failpoints, layout, scans
-from kvfs.attributes import differs
-from kvfs.catalog_file import catalog_path
+from kvfs import failpoints, layout
+from kvfs.blocks.attributes import differs
+from kvfs.blocks.quarantine import look, take_charge
+from kvfs.catalog import scans
+from kvfs.catalog.rows import BlockState, Inode, Kind
 from kvfs.config import Config
-from kvfs.quarantine import look, take_charge
-from kvfs.recovery import Verdict
-from kvfs.rows import BlockState, Inode, Kind
-from kvfs.space import PAGE_BYTES
 from kvfs.store import Store
-from kvfs.tier import Tier
-from kvfs.volume import open_volume
-from kvfs.walk import Fault, Found, in_batches, missing_files, walk_tier
+from kvfs.tiers.space import PAGE_BYTES
+from kvfs.tiers.tier import Tier
+from kvfs.tiers.walk import Fault, Found, in_batches, missing_files, walk_tier
+from kvfs.upkeep.recovery import Verdict
+from kvfs.volume.catalog_file import catalog_path
+from kvfs.volume.volume import open_volume
 
 AsyncProgress = Callable[[int, int], Awaitable[None]]
 # Any name is in staging for a moment; a copy's is of a form of its own.

@@ -7,26 +7,26 @@ import os
 from dataclasses import dataclass
 
 from kvfs import layout
-from kvfs.attributes import Attributes
-from kvfs.blocks import Blocks
-from kvfs.leases import Leases
-from kvfs.lending import Lender
-from kvfs.lingering import Lingering
-from kvfs.lookup import Lookup
-from kvfs.mover import Mover
-from kvfs.namespace import Namespace
-from kvfs.prefetch import Prefetcher
-from kvfs.puts import Puts
-from kvfs.quarantine import Quarantine
-from kvfs.quotas import Quotas
-from kvfs.recovery import Recovery
-from kvfs.replicas import Replicas
-from kvfs.rows import Inode
-from kvfs.scrub import Scrubber
-from kvfs.sealer import Sealer
-from kvfs.verify import Verifier
-from kvfs.volume import Volume
-from kvfs.walk import look
+from kvfs.blocks.attributes import Attributes
+from kvfs.blocks.blocks import Blocks
+from kvfs.blocks.namespace import Namespace
+from kvfs.blocks.quarantine import Quarantine
+from kvfs.blocks.verify import Verifier
+from kvfs.catalog.rows import Inode
+from kvfs.leasing.leases import Leases
+from kvfs.leasing.lending import Lender
+from kvfs.leasing.lingering import Lingering
+from kvfs.leasing.lookup import Lookup
+from kvfs.leasing.prefetch import Prefetcher
+from kvfs.leasing.puts import Puts
+from kvfs.leasing.quotas import Quotas
+from kvfs.tiers.walk import look
+from kvfs.upkeep.mover import Mover
+from kvfs.upkeep.recovery import Recovery
+from kvfs.upkeep.scrub import Scrubber
+from kvfs.upkeep.sealer import Sealer
+from kvfs.volume.replicas import Replicas
+from kvfs.volume.volume import Volume
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
-from kvfs import scans
-from kvfs.attributes import STATE_NAMES
-from kvfs.policy import PolicySettings, TierView, explain
-from kvfs.rows import BlockState, Inode, Kind
-from kvfs.scans import Survey
+from kvfs.blocks.attributes import STATE_NAMES
+from kvfs.catalog import scans
+from kvfs.catalog.rows import BlockState, Inode, Kind
+from kvfs.catalog.scans import Survey
+from kvfs.policy.plan import PolicySettings, TierView, explain
 from kvfs.store import Store
 
 STATISTICS_VERSION = 1

@@ -7,15 +7,15 @@ from typing import Any
 
 import trio
 
+from kvfs.blocks.quarantine import look
 from kvfs.errors import BlockNotFound, TierOffline
 from kvfs.fsck import check_online
 from kvfs.mount import arguments
 from kvfs.mount.peers import Peer, Report
-from kvfs.pacing import Pacer
-from kvfs.quarantine import look
-from kvfs.scrub import Tally
 from kvfs.store import Store
-from kvfs.tier import Tier
+from kvfs.tiers.pacing import Pacer
+from kvfs.tiers.tier import Tier
+from kvfs.upkeep.scrub import Tally
 
 # Small blocks are read faster than anybody can watch.
 REPORT_EVERY_S = 0.1

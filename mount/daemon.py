@@ -34,7 +34,7 @@ from kvfs.mount.operations import Operations
 from kvfs.mount.passthrough import Channel, Passthrough, is_preloaded
 from kvfs.mount.server import socket_path_for
 from kvfs.mount.session import detach, umount2
-from kvfs.tier import MOST_WAITING
+from kvfs.tiers.tier import MOST_WAITING
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import logging
 
 import pyfuse3
 
-from kvfs.blocks import Blocks
+from kvfs.blocks.blocks import Blocks
 from kvfs.errors import reason_of
 from kvfs.mount.passthrough import BACKING_ID_SHIFT, Passthrough
-from kvfs.open_block import OpenBlock
+from kvfs.volume.open_block import OpenBlock
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from kvfs.blocks import Blocks
-from kvfs.open_block import OpenBlock
+from kvfs.blocks.blocks import Blocks
+from kvfs.volume.open_block import OpenBlock
 
 # The kernel splits a large read into requests of at most 1 MiB.
 # The upper 32 bits of a handle carry a backing id.

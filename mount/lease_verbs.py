@@ -11,16 +11,16 @@ import msgspec
 import trio
 from msgspec import Meta
 
-from kvfs.attributes import CODEC_NAMES
+from kvfs.blocks.attributes import CODEC_NAMES
+from kvfs.catalog.rows import Kind
 from kvfs.config import LeaseWait
-from kvfs.credentials import READ
 from kvfs.errors import UsageError
-from kvfs.leases import Lease, Loans
-from kvfs.lending import Loan, Terms
-from kvfs.lookup import BATCH_NAMES
+from kvfs.leasing.credentials import READ
+from kvfs.leasing.leases import Lease, Loans
+from kvfs.leasing.lending import Loan, Terms
+from kvfs.leasing.lookup import BATCH_NAMES
+from kvfs.leasing.puts import Order, Stored
 from kvfs.mount.peers import Answer, Peer, Report
-from kvfs.puts import Order, Stored
-from kvfs.rows import Kind
 from kvfs.store import Store
 
 Verb = Callable[[Peer, dict[str, Any], Report], Awaitable[dict[str, Any] | Answer]]

@@ -26,11 +26,11 @@ from kvfs.mount.server import ControlServer
 from kvfs.mount.session import set_up_logging
 from kvfs.mount.tiering import Tiering
 from kvfs.mount.verbs import Verbs
-from kvfs.seal import ignore_lease_breaks
 from kvfs.store import Store
-from kvfs.tier import Tier
+from kvfs.tiers.seal import ignore_lease_breaks
+from kvfs.tiers.tier import Tier
 from kvfs.views import Views
-from kvfs.volume import check_capacity, open_volume
+from kvfs.volume.volume import check_capacity, open_volume
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ import pyfuse3
 import trio
 
 from kvfs import layout
+from kvfs.catalog.rows import ROOT_INODE, Inode, Kind
 from kvfs.errors import (
     BlockExists,
     FilesystemError,
@@ -31,7 +32,6 @@ from kvfs.mount.data_path import DataPath
 from kvfs.mount.handles import Handle, Handles
 from kvfs.mount.inodes import InodeTable
 from kvfs.mount.passthrough import BACKING_ID_SHIFT, Passthrough
-from kvfs.rows import ROOT_INODE, Inode, Kind
 from kvfs.store import Store
 
 log = logging.getLogger(__name__)

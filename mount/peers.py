@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 
 import trio
 
-from kvfs.credentials import Credentials
+from kvfs.catalog.rows import Inode
 from kvfs.errors import NotPermitted
-from kvfs.leases import Holder
-from kvfs.rows import Inode
+from kvfs.leasing.credentials import Credentials
+from kvfs.leasing.leases import Holder
 
 
 class Report(Protocol):

@@ -9,13 +9,14 @@ import sqlite3
 
 import trio
 
-from kvfs import heat, scans
-from kvfs.accesses import Pending
-from kvfs.catalog import BATCH_ROWS, LOG_BYTES, Catalog
+from kvfs.catalog import scans
+from kvfs.catalog.catalog import BATCH_ROWS, LOG_BYTES, Catalog
 from kvfs.errors import BlockBusy, BlockNotFound, TierError, reason_of
+from kvfs.policy import heat
 from kvfs.store import Store
-from kvfs.tier import Tier
-from kvfs.volume import Volume
+from kvfs.tiers.tier import Tier
+from kvfs.volume.accesses import Pending
+from kvfs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
 

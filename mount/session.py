@@ -22,7 +22,7 @@ from kvfs.config import Config, check_config
 from kvfs.control import ControlClient, find_mount, kvfs_mountpoints
 from kvfs.errors import KvfsError, MountpointError, NotPermitted, exit_code_of
 from kvfs.mount.passthrough import preload
-from kvfs.tier_lock import has_ended
+from kvfs.tiers.tier_lock import has_ended
 
 MNT_FORCE, MNT_DETACH = 1, 2
 POLL_S = 0.02

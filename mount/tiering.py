@@ -9,10 +9,10 @@ from typing import Any
 
 import trio
 
-from kvfs.budget import Budget, DailyBudget, available_bytes
+from kvfs.catalog.scans import Survey, snapshot
 from kvfs.errors import BlockBusy, BlockNotFound, TierFull, is_expected, reason_of
-from kvfs.policy import Move, Plan, plan
-from kvfs.scans import Survey, snapshot
+from kvfs.policy.budget import Budget, DailyBudget, available_bytes
+from kvfs.policy.plan import Move, Plan, plan
 from kvfs.store import Store
 from kvfs.views import Views
 

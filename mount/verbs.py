@@ -10,10 +10,11 @@ from typing import Any
 
 import trio
 
-from kvfs import heat, layout, scans
+from kvfs import layout
+from kvfs.catalog import scans
+from kvfs.catalog.rows import ROOT_INODE, BlockState, Inode, Kind
 from kvfs.config import config_to_builtins
 from kvfs.control import Request
-from kvfs.credentials import READ, SEARCH, WRITE
 from kvfs.errors import (
     BlockNotFound,
     InvalidOperation,
@@ -23,14 +24,15 @@ from kvfs.errors import (
     TierFull,
     UsageError,
 )
+from kvfs.leasing.credentials import READ, SEARCH, WRITE
 from kvfs.mount import arguments
 from kvfs.mount.checks import Checks
 from kvfs.mount.lease_verbs import LeaseVerbs
 from kvfs.mount.peers import Answer, Peer, Report
 from kvfs.mount.tiering import Tiering
-from kvfs.rows import ROOT_INODE, BlockState, Inode, Kind
+from kvfs.policy import heat
 from kvfs.store import Store
-from kvfs.tier import Tier
+from kvfs.tiers.tier import Tier
 from kvfs.views import Views
 
 log = logging.getLogger(__name__)

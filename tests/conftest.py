@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from kvfs.config import Config, MountConfig, TierConfig, TieringConfig
-from kvfs.seal import ignore_lease_breaks
+from kvfs.tiers.seal import ignore_lease_breaks
 from tests.mounting import MountedKvfs
 from tests.soak import FACTOR, SOAKING, version
 

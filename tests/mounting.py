@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvfs.catalog import Catalog
+from kvfs.catalog.catalog import Catalog
 from kvfs.config import Config
 from kvfs.mount.session import is_dead
 from kvfs.tools.watch_capacity import allocated_bytes

@@ -19,8 +19,8 @@ from typing import Any
 
 from rich.table import Table
 
-from kvfs.codec import compress_file, open_compressed
 from kvfs.errors import KvfsError
+from kvfs.tiers.codec import compress_file, open_compressed
 from kvfs.tools.render import table
 
 BLOCK_BYTES = 2 << 20

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 import xxhash
 
-from kvfs.codec import compress_file
 from kvfs.errors import DeviceError, KvfsError, exit_code_of
 from kvfs.gpu.device import Load
 from kvfs.gpu.layout import PagedLayout
@@ -27,7 +26,8 @@ from kvfs.gpu.opening import open_device
 from kvfs.gpu.probe import probe
 from kvfs.gpu.source import BackingFiles
 from kvfs.gpu.verification import TRUST_SEAL, Verification
-from kvfs.seal import SEAL_XATTR, Seal
+from kvfs.tiers.codec import compress_file
+from kvfs.tiers.seal import SEAL_XATTR, Seal
 from kvfs.tools.bench_codec import bfloat16_block, measure_codec
 from kvfs.tools.bench_mounts import scratch_directory
 from kvfs.tools.bench_onboard import OnboardRow, Shape, onboard_table

@@ -21,9 +21,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvfs.catalog import Catalog
+from kvfs.catalog.catalog import Catalog
+from kvfs.catalog.rows import GOOD, ROOT_INODE, BlockState, Inode, Kind, Replica
 from kvfs.errors import KvfsError, exit_code_of
-from kvfs.rows import GOOD, ROOT_INODE, BlockState, Inode, Kind, Replica
 from kvfs.tools.bench_mounts import (
     kvfs_mount,
     process_cpu_s,

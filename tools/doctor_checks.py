@@ -237,7 +237,7 @@ def tier_findings(tier: TierConfig) -> list[Finding]:
 def _abilities(check: str, path: Path) -> Iterator[Finding]:
     """What the filesystem can do, tried in a scratch directory that is gone afterwards."""
     # It brings trio along, which no other verb needs.
-    from kvfs.identity import probe_filesystem
+    from kvfs.tiers.identity import probe_filesystem
 
     staging = path / os.fsdecode(STAGING_DIR)
     parent = staging if staging.is_dir() else path

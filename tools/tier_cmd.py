@@ -79,7 +79,7 @@ def init(
 ) -> None:
     """Make PATH a tier. An empty directory needs no init: `kvfs mount` does it."""
     # It brings trio along, which no other verb needs.
-    from kvfs.identity import init_tier
+    from kvfs.tiers.identity import init_tier
 
     identity = init_tier(path.absolute(), adopt=adopt)
     then = "; the next mount takes over what lies there" if adopt else ""

@@ -18,12 +18,12 @@ from pathlib import Path
 import trio
 
 from kvfs import failpoints, layout
+from kvfs.catalog.rows import BlockState
 from kvfs.errors import BlockStale, KvfsError
 from kvfs.mount import services
-from kvfs.open_block import OpenBlock
-from kvfs.policy import Move, MoveKind
-from kvfs.rows import BlockState
+from kvfs.policy.plan import Move, MoveKind
 from kvfs.store import Store
+from kvfs.volume.open_block import OpenBlock
 from tests.crash.ledger import NOWHERE, Ledger, Outcome, bytes_of, key_of
 from tests.store.helpers import create, make_directory, read, row_at, until
 

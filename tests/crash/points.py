@@ -6,7 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.sources import modules_below
+
 FOLDERS = ("kvfs", "mount")
 # What a transaction hits by itself; `Catalog.transaction` makes these names.
 OF_A_TRANSACTION = ("changed", "committed")
@@ -15,9 +16,8 @@ OF_A_TRANSACTION = ("changed", "committed")
 def all_points() -> list[str]:
     """Their names, sorted. Raises AssertionError for one that cannot be read from the source."""
     names: set[str] = set()
-    for folder in FOLDERS:
-        for module in sorted((ROOT / folder).glob("*.py")):
-            names |= set(_points_in(module))
+    for module in modules_below(*FOLDERS):
+        names |= set(_points_in(module))
     return sorted(names)
 
 

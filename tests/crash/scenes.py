@@ -20,16 +20,16 @@ import msgspec
 import trio
 
 from kvfs import failpoints, layout
-from kvfs.catalog_file import catalog_path
+from kvfs.catalog.rows import Kind
 from kvfs.config import Config
 from kvfs.fsck import check_online
-from kvfs.identity import init_tier, write_identity
 from kvfs.mount import services
-from kvfs.rows import Kind
-from kvfs.seal import SEAL_XATTR
-from kvfs.sealer import seal_files
 from kvfs.store import Store
-from kvfs.volume import open_volume
+from kvfs.tiers.identity import init_tier, write_identity
+from kvfs.tiers.seal import SEAL_XATTR
+from kvfs.upkeep.sealer import seal_files
+from kvfs.volume.catalog_file import catalog_path
+from kvfs.volume.volume import open_volume
 from tests.crash.driver import Driver
 from tests.crash.ledger import NOWHERE, Ledger, Outcome, bytes_of
 from tests.mount.live import config_in

@@ -20,17 +20,18 @@ from pathlib import Path
 import pytest
 import trio
 
+from kvfs.catalog.rows import ROOT_INODE, Kind
 from kvfs.config import Config
 from kvfs.errors import BlockStale
 from kvfs.fsck import Finding, check_offline, check_online
-from kvfs.rows import ROOT_INODE, Kind
 from kvfs.store import Store
-from kvfs.volume import open_volume
+from kvfs.volume.volume import open_volume
 from tests.crash import scenes
 from tests.crash.ledger import Found, Promise, bytes_of, judge, key_of, read_ledger
-from tests.crash.points import ROOT, all_points
+from tests.crash.points import all_points
 from tests.crash.scenes import LEDGER, MESS, POWER_LOST, SCENES, Job, config_at, prepare
 from tests.soak import SOAKING
+from tests.sources import ROOT
 from tests.store.helpers import assert_consistent, read, seal_all, settle_all
 
 END_S = 60.0

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import trio
 
-from kvfs.catalog_file import catalog_path
+from kvfs.catalog.rows import ROOT_INODE, Kind
 from kvfs.config import Config, MountConfig, TierConfig, TieringConfig
 from kvfs.errors import FilesystemError, errno_of, is_expected
-from kvfs.rows import ROOT_INODE, Kind
 from kvfs.store import Store
-from kvfs.volume import open_volume
+from kvfs.volume.catalog_file import catalog_path
+from kvfs.volume.volume import open_volume
 from tests.store.helpers import Workbench, create, put, put_on, unlink
 
 MIB = 1 << 20

@@ -16,7 +16,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs.catalog import Catalog
+from kvfs.catalog.catalog import Catalog
 from kvfs.errors import KvfsError
 from tests.fuzz.filled import CONTENTS, Copies, catalog_of, opened, try_everything
 from tests.fuzz.fuzzing import check_message, fuzz, replay

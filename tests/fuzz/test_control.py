@@ -48,7 +48,7 @@ from kvfs.mount.tiering import Tiering
 from kvfs.mount.verbs import Verbs
 from kvfs.store import Store
 from kvfs.views import Views
-from kvfs.volume import open_volume
+from kvfs.volume.volume import open_volume
 from tests.fuzz.filled import TIERS, config_at
 from tests.fuzz.fuzzing import check_message, corpus, damaged, fuzz, replay
 from tests.store.helpers import put, row_at, seal_all

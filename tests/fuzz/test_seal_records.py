@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs.seal import SEAL_XATTR, Seal, decode_seal
+from kvfs.tiers.seal import SEAL_XATTR, Seal, decode_seal
 from tests.fuzz.filled import CONTENTS, Copies, catalog_of, opened, try_everything
 from tests.fuzz.fuzzing import corpus, damaged, fuzz, replay
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from kvfs.codec import compress_file
 from kvfs.gpu.device import Device
 from kvfs.gpu.host import HostDevice
-from kvfs.seal import SEAL_XATTR, Seal
+from kvfs.tiers.codec import compress_file
+from kvfs.tiers.seal import SEAL_XATTR, Seal
 from tests.gpu.stub import Rows, StubDriver, StubRuntime, seen_by_host
 
 STAGING_BYTES = 1 << 20

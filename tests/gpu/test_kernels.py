@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvfs.codec import CHUNK_BYTES
 from kvfs.gpu import kernels
 from kvfs.gpu.layout import PagedLayout
 from kvfs.gpu.probe import probe
 from kvfs.gpu.reference import gather, merge_halves, scatter
+from kvfs.tiers.codec import CHUNK_BYTES
 from tests.gpu.kernels_on_host import KernelsOnHost
 
 ARCHITECTURES = ("compute_80", "compute_90", "compute_100")

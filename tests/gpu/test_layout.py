@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs.codec import CHUNK_BYTES
 from kvfs.errors import UsageError
 from kvfs.gpu.arrays import HostMemory
 from kvfs.gpu.layout import PagedLayout
 from kvfs.gpu.reference import gather, merge_halves, scatter
 from kvfs.gpu.verification import TRUST_SEAL, VERIFY_ALL, Verification
+from kvfs.tiers.codec import CHUNK_BYTES
 
 PAGES, HEADS, DIM = 10, 2, 8
 

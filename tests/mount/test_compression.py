@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvfs.codec import CHUNK_BYTES, open_compressed, read_header
-from kvfs.space import rounded
+from kvfs.tiers.codec import CHUNK_BYTES, open_compressed, read_header
+from kvfs.tiers.space import rounded
 from tests.mount.live import (
     KIB,
     MIB,

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvfs.tier import MOST_WAITING
+from kvfs.tiers.tier import MOST_WAITING
 from tests.faulty.faults import DISK_HANGS, Fault, failing, hanging
 from tests.faulty.tier import FaultyTier, faulty_tier
 from tests.mount.live import call, config_in, live, promote, publish, put_on, refusal_of, scratch

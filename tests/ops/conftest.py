@@ -13,7 +13,7 @@ from kvfs.mount.control_dir import ControlDirectory
 from kvfs.mount.operations import Operations
 from kvfs.mount.passthrough import Passthrough
 from kvfs.store import Store
-from kvfs.volume import open_volume
+from kvfs.volume.volume import open_volume
 from tests.ops.serving import Served
 
 

@@ -17,7 +17,7 @@ from kvfs.mount.tiering import Tiering
 from kvfs.mount.verbs import Verbs
 from kvfs.store import Store
 from kvfs.views import Views
-from kvfs.volume import open_volume
+from kvfs.volume.volume import open_volume
 from tests.store.helpers import put, put_on
 
 T = TypeVar("T")

@@ -13,11 +13,11 @@ from typing import Any, cast
 import pyfuse3
 import pytest
 
+from kvfs.catalog.rows import ROOT_INODE
 from kvfs.errors import TierOffline
 from kvfs.mount.control_dir import CONTROL_INODE
 from kvfs.mount.handles import AHEAD_FROM_BYTES
 from kvfs.mount.operations import Operations
-from kvfs.rows import ROOT_INODE
 
 MIB = 1 << 20
 Context = pyfuse3.RequestContext

@@ -40,7 +40,7 @@ from kvfs.errors import (
     QuotaExceeded,
     UsageError,
 )
-from kvfs.lookup import BATCH_NAMES
+from kvfs.leasing.lookup import BATCH_NAMES
 from kvfs.mount import connection, server
 from kvfs.mount.connection import groups_of
 from kvfs.prefix import KvfsScheme

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pyfuse3
 import pytest
 
+from kvfs.catalog.rows import ROOT_INODE
 from kvfs.mount.control_dir import CONTROL_INODE
 from kvfs.mount.operations import Operations
-from kvfs.rows import ROOT_INODE
 
 NAMES = 600
 

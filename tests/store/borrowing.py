@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import trio
 
 from kvfs.config import LeaseWait
-from kvfs.credentials import Credentials
-from kvfs.leases import Holder, Lease
-from kvfs.lending import Loan, Terms
-from kvfs.lookup import Status
+from kvfs.leasing.credentials import Credentials
+from kvfs.leasing.leases import Holder, Lease
+from kvfs.leasing.lending import Loan, Terms
+from kvfs.leasing.lookup import Status
 from kvfs.store import Store
 
 ROOT = Credentials(0, 0)

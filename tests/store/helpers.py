@@ -12,18 +12,20 @@ import pytest
 import trio
 import xxhash
 
-from kvfs import layout, mover, scans
-from kvfs.catalog_file import catalog_path
-from kvfs.codec import open_compressed
+from kvfs import layout
+from kvfs.catalog import scans
+from kvfs.catalog.rows import RAW, ROOT_INODE, BlockState, Inode, Kind
 from kvfs.config import Config
-from kvfs.identity import init_tier, write_identity
-from kvfs.open_block import OpenBlock
-from kvfs.policy import Move, MoveKind
-from kvfs.rows import RAW, ROOT_INODE, BlockState, Inode, Kind
-from kvfs.space import PAGE_BYTES
+from kvfs.policy.plan import Move, MoveKind
 from kvfs.store import Store
-from kvfs.tier import Tier
-from kvfs.volume import open_volume
+from kvfs.tiers.codec import open_compressed
+from kvfs.tiers.identity import init_tier, write_identity
+from kvfs.tiers.space import PAGE_BYTES
+from kvfs.tiers.tier import Tier
+from kvfs.upkeep import mover
+from kvfs.volume.catalog_file import catalog_path
+from kvfs.volume.open_block import OpenBlock
+from kvfs.volume.volume import open_volume
 
 # A file's xattrs may take a page of their own, which the filesystem counts as the file's.
 

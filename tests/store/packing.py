@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from kvfs.codec import open_compressed
 from kvfs.config import Compress, Config
-from kvfs.space import Reservation
 from kvfs.store import Store
+from kvfs.tiers.codec import open_compressed
+from kvfs.tiers.space import Reservation
 from tests.store.helpers import row_at, writable
 
 SLOWER = ["hdd", "remote"]

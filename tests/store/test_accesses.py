@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs import heat
-from kvfs.accesses import SAME_ACCESS_S, Accesses
+from kvfs.policy import heat
+from kvfs.volume.accesses import SAME_ACCESS_S, Accesses
 
 HALF_LIFE_S = 120.0
 times = st.lists(st.integers(0, 100_000).map(lambda t: t / 10), min_size=1, max_size=30).map(sorted)

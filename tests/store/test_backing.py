@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvfs.backing import create_file, rename_into_place
-from kvfs.rows import ROOT_INODE
-from kvfs.tier import Tier
+from kvfs.catalog.rows import ROOT_INODE
+from kvfs.tiers.backing import create_file, rename_into_place
+from kvfs.tiers.tier import Tier
 from tests.store.helpers import Workbench
 
 

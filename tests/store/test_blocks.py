@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from kvfs import layout
-from kvfs.beneath import Root
+from kvfs.catalog.rows import ROOT_INODE, BlockState
 from kvfs.errors import (
     BlockExists,
     BlockStale,
@@ -19,8 +19,8 @@ from kvfs.errors import (
     NotPermitted,
     errno_of,
 )
-from kvfs.rows import ROOT_INODE, BlockState
-from kvfs.space import rounded, sealed
+from kvfs.tiers.beneath import Root
+from kvfs.tiers.space import rounded, sealed
 from tests.store.helpers import (
     Workbench,
     assert_consistent,
@@ -442,7 +442,7 @@ async def test_a_create_that_fails_leaves_nothing(
     def refuse(*_: object) -> int:
         raise PermissionError(errno.EACCES, "no")
 
-    monkeypatch.setattr("kvfs.blocks.create_file", refuse)
+    monkeypatch.setattr("kvfs.blocks.blocks.create_file", refuse)
     with pytest.raises(PermissionError):
         await create(store, b"a")
     monkeypatch.undo()

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs import scans, schema
-from kvfs.catalog import Catalog
-from kvfs.catalog_file import open_catalog
+from kvfs.catalog import scans, schema
+from kvfs.catalog.catalog import Catalog
+from kvfs.catalog.rows import GOOD, ROOT_INODE, SUSPECT, ZSTD, BlockState, Kind, Replica
 from kvfs.errors import CatalogError, exit_code_of
-from kvfs.rows import GOOD, ROOT_INODE, SUSPECT, ZSTD, BlockState, Kind, Replica
+from kvfs.volume.catalog_file import open_catalog
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from kvfs import layout
-from kvfs.catalog import Catalog
-from kvfs.catalog_file import catalog_path
+from kvfs.catalog.catalog import Catalog
 from kvfs.errors import BlockStale
 from kvfs.fsck import check_online
 from kvfs.store import Store
+from kvfs.volume.catalog_file import catalog_path
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

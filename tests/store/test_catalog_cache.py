@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvfs import catalog as catalog_module
-from kvfs.catalog import Catalog
-from kvfs.rows import GOOD, ROOT_INODE, SUSPECT, BlockState, Inode, Kind, Replica
+from kvfs.catalog import catalog as catalog_module
+from kvfs.catalog.catalog import Catalog
+from kvfs.catalog.rows import GOOD, ROOT_INODE, SUSPECT, BlockState, Inode, Kind, Replica
 
 TIERS = (1, 2)
 NAMES = (b"a", b"b", b"c")

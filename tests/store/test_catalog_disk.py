@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from kvfs.catalog import Catalog
+from kvfs.catalog.catalog import Catalog
 from kvfs.errors import errno_of, is_expected
 from kvfs.mount import services
 from kvfs.store import Store

@@ -10,13 +10,13 @@ import pytest
 import trio
 import trio.testing
 
-from kvfs import mover, scrub
+from kvfs.catalog.rows import RAW, ZSTD
 from kvfs.errors import BlockCorrupt, BlockStale
 from kvfs.fsck import check_online
-from kvfs.identity import init_tier
-from kvfs.pacing import Pacer
-from kvfs.rows import RAW, ZSTD
 from kvfs.store import Store
+from kvfs.tiers.identity import init_tier
+from kvfs.tiers.pacing import Pacer
+from kvfs.upkeep import mover, scrub
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvfs.codec import open_compressed
-from kvfs.rows import RAW, ZSTD
+from kvfs.catalog.rows import RAW, ZSTD
+from kvfs.tiers.codec import open_compressed
 from tests.store.borrowing import Borrower
 from tests.store.helpers import (
     Workbench,

@@ -14,12 +14,13 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfs import forms, mover
-from kvfs.codec import CHUNK_BYTES, CompressedBlock, open_compressed, read_header
+from kvfs.catalog.rows import RAW, ZSTD, BlockState
 from kvfs.config import Compress
-from kvfs.decoder import SPAN_BYTES
 from kvfs.errors import TierFull
-from kvfs.rows import RAW, ZSTD, BlockState
+from kvfs.tiers import forms
+from kvfs.tiers.codec import CHUNK_BYTES, CompressedBlock, open_compressed, read_header
+from kvfs.tiers.decoder import SPAN_BYTES
+from kvfs.upkeep import mover
 from tests.mount.live import config_in
 from tests.store.helpers import (
     Workbench,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvfs.copying import PIECE_BYTES, copy_file
 from kvfs.errors import BlockBusy
+from kvfs.tiers.copying import PIECE_BYTES, copy_file
 
 
 def test_a_file_that_is_cut_while_it_is_copied_is_busy_and_not_broken(tmp_path: Path) -> None:

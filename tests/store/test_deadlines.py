@@ -12,13 +12,13 @@ import msgspec
 import pytest
 import trio
 
-from kvfs import backing
-from kvfs import tier as tiers
-from kvfs.backing import create_file
-from kvfs.deadlines import Closer, answers, is_wanted, run_watched
+from kvfs.catalog.rows import BlockState, Inode, Kind
 from kvfs.errors import TierBusy, TierDeadline, TierOffline
-from kvfs.rows import BlockState, Inode, Kind
-from kvfs.tier import Tier
+from kvfs.tiers import backing
+from kvfs.tiers import tier as tiers
+from kvfs.tiers.backing import create_file
+from kvfs.tiers.deadlines import Closer, answers, is_wanted, run_watched
+from kvfs.tiers.tier import Tier
 from tests.store.helpers import until
 from tests.store.test_tier import make_tier
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from kvfs import backing, blocks, copying, forms, mover
+from kvfs.blocks import blocks
 from kvfs.errors import TierFull, TierOffline
 from kvfs.mount import services
 from kvfs.store import Store
-from kvfs.tier import Tier
+from kvfs.tiers import backing, copying, forms
+from kvfs.tiers.tier import Tier
+from kvfs.upkeep import mover
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

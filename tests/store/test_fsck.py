@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from kvfs import fsck, layout
+from kvfs.catalog.rows import Kind
 from kvfs.errors import TierError
 from kvfs.fsck import FsckReport, check_offline, check_online
-from kvfs.rows import Kind
 from kvfs.store import Store
 from tests.store.helpers import (
     Workbench,

@@ -57,7 +57,7 @@ async def test_a_rename_that_fails_half_way_loses_neither_block(
     store = await bench.start()
     await put_on(store, b"d/old", b"old", "nvme")
     await put_on(store, b"d/new", b"new", *tiers)
-    monkeypatch.setattr(f"kvfs.replicas.{step}", fail_with(number))
+    monkeypatch.setattr(f"kvfs.volume.replicas.{step}", fail_with(number))
     try:
         await rename(store, b"d/new", b"d/old")
         expected = {b"d/old": b"new"}
@@ -79,7 +79,7 @@ async def test_a_refused_rename_leaves_the_seal_records_right(
     store = await bench.start()
     await put_on(store, b"d/a", b"data", *tiers)
     before = row_at(store, b"d/a").generation
-    monkeypatch.setattr("kvfs.replicas.rename_into_place", fail_with(errno.ENOSPC))
+    monkeypatch.setattr("kvfs.volume.replicas.rename_into_place", fail_with(errno.ENOSPC))
     with pytest.raises(OSError, match="No space"):
         await rename(store, b"d/a", b"d/b")
     monkeypatch.undo()

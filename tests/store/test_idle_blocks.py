@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from kvfs.errors import BlockStale
-from kvfs.open_block import OpenBlock
 from kvfs.store import Store
+from kvfs.volume.open_block import OpenBlock
 from tests.store.helpers import (
     Workbench,
     create,

@@ -14,8 +14,8 @@ import trio
 
 from kvfs.config import LeasesConfig
 from kvfs.errors import BlockBusy, QuotaExceeded
-from kvfs.lending import Terms
-from kvfs.lookup import BATCH_NAMES
+from kvfs.leasing.lending import Terms
+from kvfs.leasing.lookup import BATCH_NAMES
 from kvfs.store import Store
 from tests.conftest import MIB
 from tests.store.borrowing import ROOT, STRANGER, Borrower
@@ -126,7 +126,7 @@ async def test_a_block_that_was_leased_lately_is_lent_without_opening_it(
     fcntl.fcntl(first.descriptors[0], fcntl.F_SETFL, os.O_DIRECT)
     await borrower.give_back(first)
     assert inode not in store.replicas.open_blocks
-    monkeypatch.setattr("kvfs.lending.open_file", None)
+    monkeypatch.setattr("kvfs.leasing.lending.open_file", None)
     again = await borrower.lease(b"a")
     # With a description that nobody has had.
     assert os.lseek(again.descriptors[0], 0, os.SEEK_CUR) == 0

@@ -9,8 +9,8 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs.credentials import Credentials
-from kvfs.lookup import BATCH_NAMES, Status
+from kvfs.leasing.credentials import Credentials
+from kvfs.leasing.lookup import BATCH_NAMES, Status
 from kvfs.store import Store
 from tests.mount.live import config_in
 from tests.store.helpers import (

@@ -14,9 +14,11 @@ import pytest
 import trio
 import trio.testing
 
-from kvfs import forms, layout, mover
-from kvfs.copying import copy_file
+from kvfs import layout
 from kvfs.errors import BlockBusy, BlockCorrupt, BlockNotFound, TierFull, TierOffline
+from kvfs.tiers import forms
+from kvfs.tiers.copying import copy_file
+from kvfs.upkeep import mover
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

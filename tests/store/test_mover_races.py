@@ -9,9 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from kvfs import layout, mover
+from kvfs import layout
 from kvfs.errors import BlockBusy, BlockNotFound
-from kvfs.tier import Tier
+from kvfs.tiers.tier import Tier
+from kvfs.upkeep import mover
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

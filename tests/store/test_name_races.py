@@ -11,9 +11,9 @@ import pytest
 import trio
 import trio.testing
 
-from kvfs.backing import create_file, open_file, rename_into_place
 from kvfs.errors import TierFull
-from kvfs.tier import Tier, close_descriptor
+from kvfs.tiers.backing import create_file, open_file, rename_into_place
+from kvfs.tiers.tier import Tier, close_descriptor
 from tests.store.helpers import (
     Workbench,
     assert_consistent,
@@ -38,12 +38,12 @@ def on_open(monkeypatch: pytest.MonkeyPatch, *changes: tuple[Any, ...]) -> None:
     """Run async calls on the loop when a worker is about to open a file, the first time."""
 
     def change_then_open(*arguments: Any) -> int:
-        monkeypatch.setattr("kvfs.blocks.open_file", open_file)
+        monkeypatch.setattr("kvfs.blocks.blocks.open_file", open_file)
         for call in changes:
             trio.from_thread.run(*call)
         return open_file(*arguments)
 
-    monkeypatch.setattr("kvfs.blocks.open_file", change_then_open)
+    monkeypatch.setattr("kvfs.blocks.blocks.open_file", change_then_open)
 
 
 @pytest.mark.parametrize(("old", "new"), [(b"d/a", b"d/b"), (b"d", b"e")])
@@ -104,7 +104,7 @@ async def test_a_directory_waits_for_a_file_that_is_made_in_it(
             trio.from_thread.run(trio.testing.wait_all_tasks_blocked)
             return create_file(*arguments)
 
-        monkeypatch.setattr("kvfs.blocks.create_file", rename_then_create)
+        monkeypatch.setattr("kvfs.blocks.blocks.create_file", rename_then_create)
         block = await create(store, b"d/new", b"new")
         monkeypatch.undo()
     await store.blocks.close(block, writer=True)
@@ -219,7 +219,7 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
             raise OSError(number, os.strerror(number))
         rename_into_place(tier, source, target)
 
-    monkeypatch.setattr("kvfs.replicas.rename_into_place", refuse)
+    monkeypatch.setattr("kvfs.volume.replicas.rename_into_place", refuse)
 
 
 # --- a file that goes on to the next tier
@@ -236,7 +236,7 @@ async def test_a_copy_to_the_next_tier_that_fails_leaves_nothing(
     def refuse(source: int, target: int) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("kvfs.backing.copy_file", refuse)
+    monkeypatch.setattr("kvfs.tiers.backing.copy_file", refuse)
     with pytest.raises((OSError, TierFull)):
         await store.blocks.write(block, 0, b"y" * (2 << 20))
     monkeypatch.undo()

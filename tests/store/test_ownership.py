@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfs.rows import ROOT_INODE
+from kvfs.catalog.rows import ROOT_INODE
 from kvfs.store import Store
 from tests.store import unprivileged
 from tests.store.helpers import (

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import trio
 
-from kvfs.prefetch import Asked
+from kvfs.leasing.prefetch import Asked
 from kvfs.store import Store
 from tests.conftest import MIB
 from tests.store.helpers import (

@@ -12,7 +12,7 @@ import pytest
 import trio
 import xxhash
 
-from kvfs.credentials import Credentials
+from kvfs.catalog.rows import ROOT_INODE, BlockState
 from kvfs.errors import (
     BlockBusy,
     BlockCorrupt,
@@ -25,8 +25,8 @@ from kvfs.errors import (
     QuotaExceeded,
     TierFull,
 )
-from kvfs.puts import Order, Put, Stored
-from kvfs.rows import ROOT_INODE, BlockState
+from kvfs.leasing.credentials import Credentials
+from kvfs.leasing.puts import Order, Put, Stored
 from kvfs.store import Store
 from tests.conftest import MIB
 from tests.store.borrowing import STRANGER, Borrower

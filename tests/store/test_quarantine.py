@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs import layout, quarantine
-from kvfs.quarantine import Quarantined, look
+from kvfs import layout
+from kvfs.blocks import quarantine
+from kvfs.blocks.quarantine import Quarantined, look
 from kvfs.store import Store
-from kvfs.tier import Tier
+from kvfs.tiers.tier import Tier
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

@@ -10,12 +10,12 @@ import msgspec
 import pytest
 
 from kvfs import layout
-from kvfs.identity import init_tier, read_identity
-from kvfs.recovery import Verdict
-from kvfs.rows import BlockState
-from kvfs.seal import SEAL_XATTR
+from kvfs.catalog.rows import BlockState
 from kvfs.store import Store
-from kvfs.walk import look
+from kvfs.tiers.identity import init_tier, read_identity
+from kvfs.tiers.seal import SEAL_XATTR
+from kvfs.tiers.walk import look
+from kvfs.upkeep.recovery import Verdict
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

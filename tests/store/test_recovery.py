@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from kvfs import layout
-from kvfs.rows import GOOD, BlockState
-from kvfs.sealer import Job, seal_files
+from kvfs.catalog.rows import GOOD, BlockState
 from kvfs.store import Store
+from kvfs.upkeep.sealer import Job, seal_files
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvfs.rows import GOOD, SUSPECT, BlockState
+from kvfs.catalog.rows import GOOD, SUSPECT, BlockState
 from kvfs.store import Store
 from tests.store.helpers import (
     Workbench,

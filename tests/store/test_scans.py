@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvfs import scans
-from kvfs.policy import plan
-from kvfs.rows import ROOT_INODE
+from kvfs.catalog import scans
+from kvfs.catalog.rows import ROOT_INODE
+from kvfs.policy.plan import plan
 from kvfs.store import Store
 from kvfs.views import Views
 from tests.store.helpers import Workbench, create, make_directory, move, put, row_at, seal_all

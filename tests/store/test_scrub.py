@@ -10,12 +10,13 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from kvfs import layout, scrub
-from kvfs.checksum import cached_bytes, drop_cached
-from kvfs.pacing import Pacer
-from kvfs.scrub import Scrubber, Tally
+from kvfs import layout
 from kvfs.store import Store
-from kvfs.tier import Tier
+from kvfs.tiers.checksum import cached_bytes, drop_cached
+from kvfs.tiers.pacing import Pacer
+from kvfs.tiers.tier import Tier
+from kvfs.upkeep import scrub
+from kvfs.upkeep.scrub import Scrubber, Tally
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from kvfs import sealer
-from kvfs.checksum import cached_bytes, checksum_of, drop_cached
-from kvfs.rows import BlockState
-from kvfs.seal import Seal, decode_seal, no_writer_left
+from kvfs.catalog.rows import BlockState
 from kvfs.store import Store
-from kvfs.tier import Tier
+from kvfs.tiers.checksum import cached_bytes, checksum_of, drop_cached
+from kvfs.tiers.seal import Seal, decode_seal, no_writer_left
+from kvfs.tiers.tier import Tier
+from kvfs.upkeep import sealer
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvfs.config import TierConfig
-from kvfs.space import (
+from kvfs.tiers.space import (
     DIRECTORIES_REMEMBERED,
     FIRST_RESERVATION_BYTES,
     PAGE_BYTES,

@@ -13,9 +13,9 @@ import pytest
 from kvfs import layout
 from kvfs.config import Medium, TierConfig
 from kvfs.errors import TierError, TierOffline, exit_code_of
-from kvfs.identity import FORMAT_VERSION, init_tier, read_identity, write_identity
-from kvfs.seal import SEAL_XATTR, Seal
-from kvfs.tier import Tier
+from kvfs.tiers.identity import FORMAT_VERSION, init_tier, read_identity, write_identity
+from kvfs.tiers.seal import SEAL_XATTR, Seal
+from kvfs.tiers.tier import Tier
 from tests.store.helpers import take_away, until, writable
 
 KINDS: list[tuple[int, Medium]] = [(0, "nvme"), (1, "nvme"), (1, "hdd"), (2, "remote")]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kvfs import tier_lock
-from kvfs.beneath import Root
-from kvfs.tier_lock import has_ended, is_left_over, take
+from kvfs.tiers import tier_lock
+from kvfs.tiers.beneath import Root
+from kvfs.tiers.tier_lock import has_ended, is_left_over, take
 
 
 @pytest.fixture

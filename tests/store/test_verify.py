@@ -10,10 +10,10 @@ import pytest
 import trio
 
 from kvfs import failpoints, layout
+from kvfs.blocks.verify import Verifier
+from kvfs.catalog.rows import BlockState, Replica
 from kvfs.errors import BlockStale
-from kvfs.rows import BlockState, Replica
 from kvfs.store import Store
-from kvfs.verify import Verifier
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

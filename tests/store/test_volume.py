@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvfs.catalog_file import catalog_path
+from kvfs.catalog.rows import ROOT_INODE
 from kvfs.config import Config, TierConfig
 from kvfs.errors import CatalogError, TierError, TierOffline, exit_code_of
-from kvfs.identity import init_tier, read_identity
-from kvfs.rows import ROOT_INODE
-from kvfs.volume import boot_id, open_volume
+from kvfs.tiers.identity import init_tier, read_identity
+from kvfs.volume.catalog_file import catalog_path
+from kvfs.volume.volume import boot_id, open_volume
 from tests.store.helpers import Workbench, assert_consistent, move, put, read, tiers_of
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from kvfs.store import Store
-from kvfs.walk import Found, look
+from kvfs.tiers.walk import Found, look
 from tests.store.helpers import (
     Workbench,
     assert_consistent,

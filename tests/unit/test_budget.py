@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs.budget import UNLIMITED_BYTES, Budget, DailyBudget, available_bytes
+from kvfs.policy.budget import UNLIMITED_BYTES, Budget, DailyBudget, available_bytes
 
 NOW_S = 1_800_000_000.0
 DAY_S = 86_400.0

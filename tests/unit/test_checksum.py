@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvfs.checksum import PIECE_BYTES, Digest, cached_bytes, checksum_of, drop_cached
+from kvfs.tiers.checksum import PIECE_BYTES, Digest, cached_bytes, checksum_of, drop_cached
 
 
 @contextmanager

@@ -18,7 +18,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs.codec import (
+from kvfs.errors import BlockCorrupt
+from kvfs.tiers.codec import (
     CHUNK_BYTES,
     HEADER_BYTES,
     MAX_BLOCK_BYTES,
@@ -29,7 +30,6 @@ from kvfs.codec import (
     read_header,
     recompress,
 )
-from kvfs.errors import BlockCorrupt
 
 KIB, MIB = 1 << 10, 1 << 20
 SKIPPABLE = 0x184D2A5E

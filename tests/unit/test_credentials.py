@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs.credentials import READ, SEARCH, WRITE, Credentials, inherited
-from kvfs.rows import Inode, Kind
+from kvfs.catalog.rows import Inode, Kind
+from kvfs.leasing.credentials import READ, SEARCH, WRITE, Credentials, inherited
 
 IDS = st.sampled_from([0, 1, 2, 3])
 

@@ -14,6 +14,7 @@ import pytest
 
 from kvfs import failpoints
 from kvfs.errors import UsageError
+from tests import sources
 from tests.crash import points
 
 
@@ -77,9 +78,9 @@ def test_the_environment_kills_a_process(text: str, code: int) -> None:
 
 
 def test_points_are_read_from_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(points, "ROOT", tmp_path)
-    (tmp_path / "kvfs").mkdir()
-    module = tmp_path / "kvfs/new.py"
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    module = tmp_path / "kvfs/below/new.py"
+    module.parent.mkdir(parents=True)
     module.write_text('failpoints.hit("new.done")\nwith c.transaction("old"):\n    pass\n')
     assert points.all_points() == ["new.done", "old.changed", "old.committed"]
     module.write_text("failpoints.hit(name)\n")

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from kvfs.errors import MEDIUM_ERRNOS, TierDeadline, errno_of
-from kvfs.health import FULL_ERRNOS, Health, is_full, is_of_medium
+from kvfs.tiers.health import FULL_ERRNOS, Health, is_full, is_of_medium
 
 
 @pytest.fixture

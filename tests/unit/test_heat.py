@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs.heat import MAX_HALF_LIVES_AHEAD, clamp, heat_at, never, tau_for, touch
+from kvfs.policy.heat import MAX_HALF_LIVES_AHEAD, clamp, heat_at, never, tau_for, touch
 
 YEAR_S = 365.25 * 86_400
 TEN_YEARS_S = 10 * YEAR_S

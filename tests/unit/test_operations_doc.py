@@ -22,9 +22,10 @@ from kvfs.config import (
     load_config,
     reloadable_changes,
 )
-from kvfs.health import Refusal, State
+from kvfs.tiers.health import Refusal, State
 from kvfs.tools.cli import INTERRUPTED
 from kvfs.units import parse_duration
+from tests.sources import modules_below
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "OPERATIONS.md").read_text()
@@ -152,11 +153,10 @@ def test_every_metric_is_documented() -> None:
 
 def test_every_event_that_is_counted_is_documented() -> None:
     counted = {*metrics.ALARMING_EVENTS, "opens_passthrough", "opens_served", "opens_control"}
-    for folder in ("kvfs", "mount"):
-        for module in (ROOT / folder).glob("*.py"):
-            called = r"\.(?:count|note|overlook)\(\s*\"(\w+)\""
-            counted |= set(re.findall(called, module.read_text()))
-            counted |= set(re.findall(r"_discard\([^)\n]*, \"(\w+)\"", module.read_text()))
+    for module in modules_below("kvfs", "mount"):
+        called = r"\.(?:count|note|overlook)\(\s*\"(\w+)\""
+        counted |= set(re.findall(called, module.read_text()))
+        counted |= set(re.findall(r"_discard\([^)\n]*, \"(\w+)\"", module.read_text()))
     table = section("## Metrics").split("| event |", 1)[1].split("\n\n", 1)[0]
     events = " ".join(re.findall(r"^\| (.+?) \|", table, re.MULTILINE))
     assert counted == set(re.findall(r"`(\w+)`", events))
@@ -168,9 +168,8 @@ def test_every_reason_is_documented() -> None:
         for _, kind in inspect.getmembers(errors, inspect.isclass)
         if issubclass(kind, errors.KvfsError)
     } | {"catalog", "bug", *get_args(State), *get_args(Refusal)} - {""}
-    for folder in ("kvfs", "mount"):
-        for module in (ROOT / folder).glob("*.py"):
-            given |= set(re.findall(r"\breason=\"(\w+)\"", module.read_text()))
+    for module in modules_below("kvfs", "mount"):
+        given |= set(re.findall(r"\breason=\"(\w+)\"", module.read_text()))
     table = section("## Metrics").split("| reason |", 1)[1].split("\n\n", 1)[0]
     assert {reason for reason in given if not reason.startswith("E")} == set(
         re.findall(r"`([\w-]+)`", table)

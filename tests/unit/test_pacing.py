@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from kvfs.pacing import BURST_S, Pacer
+from kvfs.tiers.pacing import BURST_S, Pacer
 
 MIB = 1 << 20
 

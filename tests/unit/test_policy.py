@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfs.heat import heat_at, never, tau_for
-from kvfs.policy import (
+from kvfs.policy.heat import heat_at, never, tau_for
+from kvfs.policy.plan import (
     BlockView,
     Move,
     Plan,

@@ -1,0 +1,1 @@
+"""What a filesystem does with blocks: names, opening, bytes, attributes, checks."""

@@ -1,0 +1,1 @@
+"""What clients of the control socket do: look up, lease, prefetch and put blocks."""

@@ -1,0 +1,1 @@
+"""Which blocks are hot, and what should move where. Pure: no I/O, no clock."""

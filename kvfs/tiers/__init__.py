@@ -1,0 +1,1 @@
+"""A tier and the files on it: where they lie, how they are opened, sealed, copied and counted."""
