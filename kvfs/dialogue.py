@@ -249,7 +249,7 @@ def lease(
             yield Forsake("lease", numbers)
         raise
     blocks += [None] * (len(paths) - len(blocks))
-    outcomes = tuple(OUTCOMES[status] for status in statuses)
+    outcomes = tuple(map(OUTCOMES.__getitem__, statuses))
     return Leased(tuple(blocks), outcomes, tuple(numbers))
 
 
@@ -368,6 +368,9 @@ def chunks(paths: Sequence[bytes]) -> Iterator[list[bytes]]:
     """The paths in parts that fit a request each."""
     chunk: list[bytes] = []
     size_bytes = 0
+    if 0 < len(paths) <= MOST_PATHS and sum(map(len, paths)) <= MOST_PATH_BYTES:
+        yield list(paths)
+        return
     for path in paths:
         if chunk and (len(chunk) == MOST_PATHS or size_bytes + len(path) > MOST_PATH_BYTES):
             yield chunk
@@ -390,7 +393,7 @@ class Below:
 
     def __call__(self, path: PathLike) -> bytes:
         """Raises UsageError for an absolute path that lies elsewhere."""
-        name = path if isinstance(path, bytes) else os.fsencode(path)
+        name = os.fsencode(path)
         if name.startswith(b"/"):
             if self._directory is None or not name.startswith(self._directory):
                 raise UsageError(f"{os.fsdecode(name)} is not below the client's directory")
@@ -401,7 +404,10 @@ class Below:
         """Raises TypeError for one path in place of several."""
         if isinstance(paths, str | bytes | os.PathLike):
             raise TypeError("a list of paths is wanted, not one path")
-        return [self(path) for path in paths]
+        names = list(map(os.fsencode, paths))
+        if self.prefix or any(name.startswith(b"/") for name in names):
+            return list(map(self, names))
+        return names
 
 
 def bytes_of(buffer: Any) -> memoryview:

@@ -50,8 +50,8 @@ class Leased:
     prefix: int = field(init=False)
 
     def __post_init__(self) -> None:
-        missing = (place for place, block in enumerate(self.blocks) if block is None)
-        self.prefix = next(missing, len(self.blocks))
+        blocks = self.blocks
+        self.prefix = blocks.index(None) if None in blocks else len(blocks)
 
     def __len__(self) -> int:
         return self.prefix

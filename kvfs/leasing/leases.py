@@ -140,8 +140,7 @@ class Leases:
         first name that is none: a miss is known at once."""
         results: list[Result] = []
         loans: list[Loan] = []
-        for name in names:
-            result = self.lender.at_once(name, terms)
+        for result in self.lender.at_once(names, terms):
             results.append(result)
             if isinstance(result, Loan):
                 loans.append(result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -36,6 +37,8 @@ from kvfs.volume.open_block import OpenBlock
 from kvfs.volume.volume import Volume
 
 SEAL_POLL_S = 0.02
+# Plain numbers: looking a member up takes as long as a row.
+BLOCK, SEALED = int(Kind.BLOCK), int(BlockState.SEALED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +80,25 @@ class Lender:
 
     # --- between two checkpoints
 
-    def at_once(self, name: Name, terms: Terms) -> Loan | Status | None:
-        """The block of a name that was looked up since the last checkpoint, or why there is none;
-        None when that takes waiting."""
-        if not name.inode:
-            return name.status
-        row = self.volume.catalog.get(name.inode)
-        if row is None or row.kind != Kind.BLOCK:
-            return Status.MISSING
-        if not terms.who.may(row, READ):
-            return Status.DENIED
-        if row.state != BlockState.SEALED or not self.volume.claims.is_free(name.path):
-            return None
-        tier = self.volume.tiers[0]
+    def at_once(self, names: Sequence[Name], terms: Terms) -> Iterator[Loan | Status | None]:
+        """The block of each name, which was looked up since the last checkpoint, or why there is
+        none; None when that takes waiting."""
+        get, tier, who = self.volume.catalog.get, self.volume.tiers[0], terms.who
+        for path, number, status in names:
+            row = get(number) if number else None
+            if row is None:
+                yield Status.MISSING if number else status
+            elif row.kind != BLOCK:
+                yield Status.MISSING
+            elif not who.may(row, READ):
+                yield Status.DENIED
+            elif row.state != SEALED or not self.volume.claims.is_free(path):
+                yield None
+            else:
+                yield self._lend_inline(tier, row, path, terms)
+
+    def _lend_inline(self, tier: Tier, row: Inode, path: bytes, terms: Terms) -> Loan | None:
+        """A block of the tier that is called on the loop; None when that cannot be now."""
         replica = self._inline_replica(row.id, tier)
         if replica is None:
             return None
@@ -97,7 +106,7 @@ class Lender:
         loan = None
         try:
             if block.tier is tier and not block.fetched:
-                loan = self._open_inline(block, row, replica, name.path, terms)
+                loan = self._open_inline(block, row, replica, path, terms)
         except (OSError, BlockCorrupt):
             pass  # whoever waits for it says what is wrong
         finally:
