@@ -20,7 +20,7 @@ from rich.table import Table
 
 from kvfs.client import Client
 from kvfs.errors import KvfsError
-from kvfs.tools.bench_load import LOOPS, Share
+from kvfs.tools.bench_load import LOOPS, Share, stay_awake
 from kvfs.tools.bench_mounts import Target, kvfs_mount, scratch_directory
 from kvfs.tools.render import table
 
@@ -111,7 +111,7 @@ class Rounds:
         """Of blocks that nobody had open before: once."""
         what = f"lease of {BATCH} blocks, their first"
         for start in range(BATCH, NAMES - BATCH, BATCH):
-            _compute(PAUSE_S)
+            stay_awake(PAUSE_S)
             start_s = time.perf_counter()
             with self.client.lease(self.flat[start : start + BATCH]) as leased:
                 self._note(what, time.perf_counter() - start_s, BATCH)
@@ -121,7 +121,7 @@ class Rounds:
     def _leases(self) -> None:
         some, one = self.flat[:BATCH], self.flat[:1]
         for _ in range(CYCLES):
-            _compute(PAUSE_S)
+            stay_awake(PAUSE_S)
             start_s = time.perf_counter()
             with self.client.lease(some) as leased:
                 leased_s = time.perf_counter()
@@ -162,14 +162,6 @@ class Rounds:
                 what, median(self._laps[what, False]), median(mount) if mount else None,
                 _bar_us(what),
             )  # fmt: skip
-
-
-def _compute(seconds: float) -> None:
-    """As an engine's thread does between two prompts. One that slept would be measured with what a
-    virtual CPU needs after that: ten times as long for the same lines."""
-    end_s = time.perf_counter() + seconds
-    while time.perf_counter() < end_s:
-        pass
 
 
 def _seconds(share: Share) -> float:
