@@ -133,6 +133,11 @@ def format_rate(bytes_per_s: float) -> str:
     return f"{format_size(round(bytes_per_s))}/s"
 
 
+def format_blocks(count: int) -> str:
+    """A number of blocks for people: `1 block`, `4,813 blocks`."""
+    return f"{count:,} block" if count == 1 else f"{count:,} blocks"
+
+
 def printable(text: str) -> str:
     """`text` in one line: control characters and the stray bytes of a name are escaped."""
     if text.isprintable():

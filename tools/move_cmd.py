@@ -12,6 +12,7 @@ import typer
 
 from kvfs.tools.mounts import by_mount, order
 from kvfs.tools.render import name_text, print_json, progress_bar, size_text, warn
+from kvfs.units import format_blocks
 
 NAMED_REASONS = 5
 
@@ -65,7 +66,7 @@ def _report(done: str, counted: str, total: dict[str, Any], as_json: bool) -> No
         print_json(total)
     else:
         rest = f", {count} skipped" if count else ""
-        typer.echo(f"{done} {total[counted]} blocks ({size_text(total['bytes'])}){rest}")
+        typer.echo(f"{done} {format_blocks(total[counted])} ({size_text(total['bytes'])}){rest}")
     for skip in skipped[:NAMED_REASONS]:
         warn(f"skipped {name_text(skip['path'])}: {skip['reason']}")
     if count > NAMED_REASONS:

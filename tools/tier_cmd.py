@@ -23,6 +23,7 @@ from kvfs.tools.render import (
     warn,
 )
 from kvfs.tools.status_cmd import set_apart_bytes
+from kvfs.units import format_blocks
 
 Mountpoint = Annotated[
     Path | None, typer.Argument(metavar="MOUNTPOINT", help="Default: the only mount.")
@@ -97,10 +98,12 @@ def drain(
     if as_json:
         print_json(answer)
     else:
-        typer.echo(f"moved {answer['moved']} blocks ({size_text(answer['bytes'])}) off {name}")
+        typer.echo(
+            f"moved {format_blocks(answer['moved'])} ({size_text(answer['bytes'])}) off {name}"
+        )
     if answer["remaining"]:
         warn(
-            f"{answer['remaining']} blocks remain on {name}, open or without room elsewhere: "
+            f"{format_blocks(answer['remaining'])} left on {name}, open or without room elsewhere: "
             "run it again"
         )
         raise typer.Exit(1)

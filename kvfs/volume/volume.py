@@ -50,7 +50,7 @@ from kvfs.tiers.identity import (
 )
 from kvfs.tiers.space import Space
 from kvfs.tiers.tier import Tier
-from kvfs.units import format_size
+from kvfs.units import format_blocks, format_size
 from kvfs.volume.accesses import Accesses
 from kvfs.volume.catalog_file import DAMAGED, catalog_path, claimed, open_current, set_aside
 from kvfs.volume.claims import Claims
@@ -453,11 +453,12 @@ def _forget_absent(catalog: Catalog, present: set[int], forget: tuple[str, ...])
         if alone and name not in forget:
             raise TierError(
                 f"the configuration lacks tier {name} ({path}), which holds the only replica of "
-                f"{alone} blocks; add it again, or give them up with --forget-tier {name}"
+                f"{format_blocks(alone)}; add it again, or give them up with --forget-tier {name}"
             )
     for number, _, name, path in absent:
         alone = catalog.sole_replicas(number)
-        log.warning("tier %s (%s) is forgotten; %d blocks were only there", name, path, alone)
+        only = format_blocks(alone)
+        log.warning("tier %s (%s) is forgotten; what was only there: %s", name, path, only)
         catalog.forget_tier(number)
 
 

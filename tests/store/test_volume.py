@@ -260,7 +260,7 @@ async def test_tiers_may_change_order_and_name(bench: Workbench) -> None:
 async def test_a_tier_with_sole_replicas_is_given_up_only_by_name(
     bench: Workbench, expect_log: list[str]
 ) -> None:
-    expect_log.append("tier hdd .* is forgotten; 1 blocks were only there")
+    expect_log.append("tier hdd .* is forgotten; what was only there: 1 block")
     store = await bench.start()
     await put(store, b"d/lost", b"only on hdd")
     await put(store, b"d/kept", b"on both")
@@ -270,7 +270,7 @@ async def test_a_tier_with_sole_replicas_is_given_up_only_by_name(
     bench.stop(store)
     bench.config = without_tier(bench.config, "hdd")
     message = refusal(bench.config)
-    assert "the only replica of 1 blocks" in message
+    assert "the only replica of 1 block" in message
     assert "--forget-tier hdd" in message
     store = await bench.start("hdd")
     assert store.volume.catalog.resolve(b"d/lost") is None
@@ -280,7 +280,7 @@ async def test_a_tier_with_sole_replicas_is_given_up_only_by_name(
 
 
 async def test_a_tier_without_sole_replicas_may_go(bench: Workbench, expect_log: list[str]) -> None:
-    expect_log.append("tier remote .* is forgotten; 0 blocks")
+    expect_log.append("tier remote .* is forgotten; what was only there: 0 blocks")
     bench.stop(await bench.start())
     bench.config = without_tier(bench.config, "remote")
     store = await bench.start()
@@ -290,7 +290,7 @@ async def test_a_tier_without_sole_replicas_may_go(bench: Workbench, expect_log:
 async def test_a_replaced_disk_starts_empty_when_the_old_one_is_forgotten(
     bench: Workbench, expect_log: list[str]
 ) -> None:
-    expect_log.append("tier hdd .* is forgotten; 1 blocks were only there")
+    expect_log.append("tier hdd .* is forgotten; what was only there: 1 block")
     store = await bench.start()
     await put(store, b"a", b"gone")
     await put(store, b"b", b"here")

@@ -569,7 +569,7 @@ def test_skipped_blocks_are_named_and_fail(
     mounted.results["evict"] = {"evicted": 1, "bytes": 10, "skipped": skipped, "skipped_count": 7}
     assert run(["evict", f"{mounted.mountpoint}/m"]) == 1
     shown = capsys.readouterr()
-    assert shown.out == "evicted 1 blocks (10 B), 7 skipped\n"
+    assert shown.out == "evicted 1 block (10 B), 7 skipped\n"
     lines = shown.err.splitlines()
     assert lines[0] == "kvfs: skipped b0: open"
     assert len(lines) == 6
@@ -748,7 +748,7 @@ def test_drain_fails_while_blocks_remain(
     assert run(["tier", "drain", "hdd"]) == 1
     shown = capsys.readouterr()
     assert shown.out == "moved 5 blocks (1 MiB) off hdd\n"
-    assert "2 blocks remain on hdd" in shown.err
+    assert "2 blocks left on hdd" in shown.err
     mounted.results["tier_drain"] = {"moved": 2, "bytes": 2**19, "remaining": 0, "skipped": []}
     assert run(["tier", "drain", "hdd"]) == 0
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvfs.units import (
     MAX_SIZE_BYTES,
+    format_blocks,
     format_duration,
     format_rate,
     format_size,
@@ -94,6 +95,11 @@ def test_a_whole_size_reads_back_exactly(count: int, unit: tuple[str, int]) -> N
     name, factor = unit
     assert format_size(count * factor) == f"{count} {name}"
     assert parse_size(format_size(count * factor)) == count * factor
+
+
+def test_format_blocks() -> None:
+    shown = [format_blocks(count) for count in (0, 1, 2, 4813)]
+    assert shown == ["0 blocks", "1 block", "2 blocks", "4,813 blocks"]
 
 
 @pytest.mark.parametrize(
