@@ -96,7 +96,7 @@ class TieringConfig(Struct, frozen=True, forbid_unknown_fields=True):
         "README*",
     )
     quiet_uids: tuple[Annotated[int, Meta(ge=0, lt=2**32)], ...] = ()
-    workers: Annotated[int, Meta(ge=1, le=64)] = 2
+    workers: Annotated[int, Meta(ge=1, le=64)] = 8
     ghosts: Annotated[int, Meta(ge=0, le=10**8)] = 100_000
     verify: Verify = "first-open"
     scrub_rate: _BytesOrZero = 0
