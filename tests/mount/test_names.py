@@ -7,13 +7,16 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import stat
 import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -42,6 +45,37 @@ STRANGE_NAMES = [
     b"*?[a]$(x)`y`\\",
 ]
 ADOPTED_NAMES = 5000
+
+
+def test_the_kernel_answers_alone_for_names_that_it_knows(shared: MountedKvfs, there: Path) -> None:
+    """100,000 times, while the daemon is stopped: whoever asked it would not return."""
+    for path in [publish(there / f"{number}.bin", b"x") for number in range(100)]:
+        wait_sealed(path)
+    script = (
+        "import os, sys\n"
+        "names = [f'{sys.argv[1]}/{number}' for number in range(100)]\n"
+        "def ask(times):\n"
+        "    for name in names * times:\n"
+        "        assert os.access(name + '.bin', os.R_OK)\n"
+        "        assert not os.access(name + '.missing', os.F_OK)\n"
+        "ask(1)\n"
+        "print('known', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "ask(1000)\n"
+    )
+    command = [sys.executable, "-c", script, str(there)]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as asker:
+        assert asker.stdin is not None
+        assert asker.stdout is not None
+        assert asker.stdout.readline() == "known\n"
+        daemon = int(shared.status()["pid"])
+        os.kill(daemon, signal.SIGSTOP)
+        try:
+            asker.stdin.write("\n")
+            asker.stdin.close()
+            assert asker.wait(timeout=60) == 0
+        finally:
+            os.kill(daemon, signal.SIGCONT)
 
 
 @pytest.mark.semantics("S-names-1")
