@@ -368,9 +368,6 @@ def chunks(paths: Sequence[bytes]) -> Iterator[list[bytes]]:
     """The paths in parts that fit a request each."""
     chunk: list[bytes] = []
     size_bytes = 0
-    if 0 < len(paths) <= MOST_PATHS and sum(map(len, paths)) <= MOST_PATH_BYTES:
-        yield list(paths)
-        return
     for path in paths:
         if chunk and (len(chunk) == MOST_PATHS or size_bytes + len(path) > MOST_PATH_BYTES):
             yield chunk
@@ -404,10 +401,7 @@ class Below:
         """Raises TypeError for one path in place of several."""
         if isinstance(paths, str | bytes | os.PathLike):
             raise TypeError("a list of paths is wanted, not one path")
-        names = list(map(os.fsencode, paths))
-        if self.prefix or any(name.startswith(b"/") for name in names):
-            return list(map(self, names))
-        return names
+        return [self(path) for path in paths]
 
 
 def bytes_of(buffer: Any) -> memoryview:

@@ -147,7 +147,7 @@ class Leases:
             elif result is not None and not sparse:
                 break
         if loans:
-            self.volume.counters.tier(0).opens += len(loans)
+            self.volume.counters.tier(loans[0].block.tier.index).opens += len(loans)
             self._enter(lease, loans)
         return results
 

@@ -37,8 +37,6 @@ from kvfs.volume.open_block import OpenBlock
 from kvfs.volume.volume import Volume
 
 SEAL_POLL_S = 0.02
-# Plain numbers: looking a member up takes as long as a row.
-BLOCK, SEALED = int(Kind.BLOCK), int(BlockState.SEALED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +86,11 @@ class Lender:
             row = get(number) if number else None
             if row is None:
                 yield Status.MISSING if number else status
-            elif row.kind != BLOCK:
+            elif row.kind != Kind.BLOCK:
                 yield Status.MISSING
             elif not who.may(row, READ):
                 yield Status.DENIED
-            elif row.state != SEALED or not self.volume.claims.is_free(path):
+            elif row.state != BlockState.SEALED or not self.volume.claims.is_free(path):
                 yield None
             else:
                 yield self._lend_inline(tier, row, path, terms)

@@ -163,9 +163,9 @@ class Sealer:
             tier, job = found
             again: set[int] = set()
             try:
-                here = cached and tier.inline and not tier.durable
-                here = here and job.inode.size_bytes <= ON_LOOP_BYTES
-                await self._seal_on(tier, [job], again, paced=False, on_loop=here)
+                small = job.inode.size_bytes <= ON_LOOP_BYTES
+                on_loop = cached and small and tier.inline and not tier.durable
+                await self._seal_on(tier, [job], again, paced=False, on_loop=on_loop)
             finally:
                 self.volume.sealing.discard(number)
             for late in again:

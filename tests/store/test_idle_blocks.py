@@ -7,8 +7,10 @@ import os
 from kvfs.errors import BlockStale
 from kvfs.store import Store
 from kvfs.volume.open_block import OpenBlock
+from tests.store.borrowing import Borrower
 from tests.store.helpers import (
     Workbench,
+    assert_consistent,
     create,
     file_on,
     move,
@@ -54,6 +56,27 @@ async def test_a_block_is_opened_again_as_it_was_left(bench: Workbench) -> None:
     store.blocks.idle.clear()
     assert kernel.unregistered == [BACKING_ID]
     assert first.descriptor == -1
+
+
+async def test_a_lease_takes_it_out_of_the_kernels_hands(bench: Workbench) -> None:
+    store = await bench.start()
+    kernel, borrower = Kernel(store), Borrower(store)
+    inode = await put(store, b"hot", b"content")
+    await kernel.open_and_close(inode)
+    got = await borrower.lease(b"hot")
+    # Else the kernel would have it open for good, and nobody could tell when the client is gone.
+    assert kernel.unregistered == [BACKING_ID]
+    assert got.read() == b"content"
+    await borrower.give_back(got)
+    assert inode not in store.replicas.open_blocks
+    # While the kernel's readers have it open it stays theirs.
+    block = await kernel.open(inode)
+    got = await borrower.lease(b"hot")
+    assert (kernel.unregistered, block.backing_id) == ([BACKING_ID], BACKING_ID)
+    assert os.pread(block.descriptor, 7, 0) == b"content"
+    await store.blocks.close(block, writer=False)
+    await borrower.give_back(got)
+    await assert_consistent(store)
 
 
 async def test_its_bytes_are_free_as_soon_as_it_is_removed(bench: Workbench) -> None:

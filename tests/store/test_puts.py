@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 from typing import Any
@@ -28,6 +29,8 @@ from kvfs.errors import (
 from kvfs.leasing.credentials import Credentials
 from kvfs.leasing.puts import Order, Put, Stored
 from kvfs.store import Store
+from kvfs.tiers.tier import Tier
+from kvfs.upkeep.sealer import ON_LOOP_BYTES
 from tests.conftest import MIB
 from tests.store.borrowing import STRANGER, Borrower
 from tests.store.helpers import (
@@ -48,7 +51,7 @@ def checksum(data: bytes) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
-async def begin(borrower: Borrower, path: bytes, data: bytes, **options: Any) -> Put:
+async def begin(borrower: Borrower, path: bytes, data: bytes | mmap.mmap, **options: Any) -> Put:
     """Up to where the client has written and closed."""
     order = Order(path, len(data), **options)
     begun = await borrower.store.puts.begin(borrower.holder, order)
@@ -64,7 +67,9 @@ async def commit(borrower: Borrower, put: Put, **options: bytes | None) -> Store
     return await borrower.store.puts.commit(borrower.holder, put.number, given)
 
 
-async def store_block(borrower: Borrower, path: bytes, data: bytes, **options: Any) -> Stored:
+async def store_block(
+    borrower: Borrower, path: bytes, data: bytes | mmap.mmap, **options: Any
+) -> Stored:
     return await commit(borrower, await begin(borrower, path, data, **options))
 
 
@@ -114,6 +119,29 @@ async def test_any_size(borrower: Borrower, size: int) -> None:
     await store_block(borrower, b"a", data)
     assert await read(borrower.store, b"a") == data
     await check(borrower.store)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "threads"),
+    [(ON_LOOP_BYTES, {}, 0), (ON_LOOP_BYTES + 1, {}, 1), (4096, {"direct": True}, 1)],
+    ids=["small", "large", "past-the-page-cache"],
+)
+async def test_only_a_small_block_is_hashed_on_the_loop(
+    borrower: Borrower, monkeypatch: pytest.MonkeyPatch,
+    size: int, options: dict[str, bool], threads: int,
+) -> None:  # fmt: skip
+    calls = []
+
+    async def counted(tier: Tier, *args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return await in_thread(tier, *args, **kwargs)
+
+    in_thread = Tier.run_in_thread
+    monkeypatch.setattr(Tier, "run_in_thread", counted)
+    with mmap.mmap(-1, size) as data:
+        stored = await store_block(borrower, b"a", data, **options)
+    assert stored.row.state == BlockState.SEALED
+    assert len(calls) == threads
 
 
 async def test_the_name_changes_hands_and_whoever_looked_is_told(borrower: Borrower) -> None:

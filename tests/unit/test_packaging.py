@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import kvfs
+from tests.sources import ROOT, modules_below
 
-ROOT = Path(__file__).parents[2]
 MAPPED = ("gpu", "mount", "tools")
 
 
@@ -50,10 +50,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def core_files() -> list[Path]:
     """The modules of `kvfs/` itself, relative to the root: not those behind the links."""
-    below = [path for path in (ROOT / "kvfs").iterdir() if path.name not in MAPPED]
-    files = [path for path in below if path.suffix == ".py"]
-    files += [file for path in below if path.is_dir() for file in path.glob("*.py")]
-    return sorted(file.relative_to(ROOT) for file in files)
+    return [file.relative_to(ROOT) for file in modules_below("kvfs")]
 
 
 def core_modules() -> list[str]:
