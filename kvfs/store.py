@@ -60,7 +60,7 @@ class Store:
         self.prefetcher = Prefetcher(volume, self.mover)
         self.lingering = Lingering(self.blocks)
         self.quotas = Quotas(volume, self.lingering)
-        lender = Lender(volume, self.blocks, self.prefetcher, self.lingering)
+        lender = Lender(volume, self.blocks, self.sealer, self.prefetcher, self.lingering)
         self.leases = Leases(volume, self.lookup, lender, self.quotas)
         self.puts = Puts(
             volume, self.blocks, self.namespace, self.sealer, self.quotas, self.lingering

@@ -12,7 +12,7 @@ import trio
 
 from kvfs import layout
 from kvfs.catalog import scans
-from kvfs.catalog.rows import ROOT_INODE, BlockState, Inode, Kind
+from kvfs.catalog.rows import ROOT_INODE, Inode, Kind
 from kvfs.config import config_to_builtins
 from kvfs.control import Request
 from kvfs.errors import (
@@ -316,11 +316,7 @@ class Verbs:
         """A block that was just closed is sealed in a moment; one that is being written is not."""
         with trio.move_on_after(SEAL_WAIT_S):
             while True:
-                inode = self.store.volume.catalog.get(number)
-                if inode is None or inode.state == BlockState.SEALED:
-                    return
-                block = self.store.replicas.open_blocks.get(number)
-                if block is not None and block.writers:
+                if not self.store.sealer.can_seal(number):
                     return
                 self.store.volume.request_seal(number)
                 await trio.sleep(0.02)

@@ -33,6 +33,7 @@ from kvfs.leasing.lookup import Name, Status
 from kvfs.leasing.prefetch import Prefetcher
 from kvfs.tiers.backing import Expected, open_file
 from kvfs.tiers.tier import Tier, give_owner, sealed_mode
+from kvfs.upkeep.sealer import Sealer
 from kvfs.volume.open_block import OpenBlock
 from kvfs.volume.volume import Volume
 
@@ -67,10 +68,12 @@ class Lender:
     """Owned by the trio loop."""
 
     def __init__(
-        self, volume: Volume, blocks: Blocks, prefetcher: Prefetcher, lingering: Lingering
-    ) -> None:
+        self, volume: Volume, blocks: Blocks, sealer: Sealer, prefetcher: Prefetcher,
+        lingering: Lingering,
+    ) -> None:  # fmt: skip
         self.volume = volume
         self.blocks = blocks
+        self.sealer = sealer
         self.prefetcher = prefetcher
         self.lingering = lingering
         # Of remote blocks that loans hold in staging.
@@ -200,9 +203,8 @@ class Lender:
                 raise BlockStale("the block is gone")
             if row.state == BlockState.SEALED:
                 return
-            block = self.blocks.replicas.open_blocks.get(number)
-            if terms.wait == "none" or (block is not None and block.writers):
-                raise BlockBusy("it is being written")
+            if terms.wait == "none" or not self.sealer.can_seal(number):
+                raise self.volume.not_sealed(number)
             self.volume.request_seal(number)
             await trio.sleep(SEAL_POLL_S)
 

@@ -278,8 +278,7 @@ class Puts:
                 row = self.volume.catalog.lookup(put.parent, put.name)
                 if row is None or row.state == BlockState.SEALED or put.order.replace:
                     return row
-                block = self.blocks.replicas.open_blocks.get(row.id)
-                if block is not None and block.writers:
+                if not self.sealer.can_seal(row.id):
                     break
                 self.volume.request_seal(row.id)
                 await trio.sleep(SEAL_POLL_S)

@@ -114,7 +114,7 @@ class Mover:
         if inode is None or path is None or inode.kind != Kind.BLOCK:
             raise BlockNotFound("no such block")
         if inode.state != BlockState.SEALED:
-            raise BlockBusy("it is not sealed yet")
+            raise self.volume.not_sealed(number)
         return inode, path
 
     async def drop(self, number: int, tier: Tier) -> int:

@@ -184,7 +184,18 @@ class Sealer:
             for tier, jobs in by_tier.items():
                 nursery.start_soon(self._seal_on, tier, jobs, again, paced)
 
+    def can_seal(self, number: int) -> bool:
+        """Whether waiting helps: it is closed, and neither is its last write known to have been
+        refused nor its tier away."""
+        return self._find(number) is not None
+
     def _job(self, number: int) -> tuple[Tier, Job] | None:
+        found = self._find(number)
+        if found is not None:
+            self.volume.sealing.add(number)
+        return found
+
+    def _find(self, number: int) -> tuple[Tier, Job] | None:
         inode = self.volume.catalog.get(number)
         if inode is None or inode.kind != Kind.BLOCK or inode.state == BlockState.SEALED:
             self.volume.torn.discard(number)
@@ -203,7 +214,6 @@ class Sealer:
         )
         if not tier.online:
             return None
-        self.volume.sealing.add(number)
         return tier, Job(inode, path, bool(replica.fanned), replica.mtime_ns)
 
     async def _seal_on(

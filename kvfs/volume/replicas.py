@@ -288,7 +288,7 @@ class Replicas:
         if inode.id in self.open_blocks:
             raise BlockBusy("it is open")
         if inode.state != BlockState.SEALED:
-            raise BlockBusy("it is not sealed yet")
+            raise volume.not_sealed(inode.id)
         if inode.pin is not None or self.pinned_by_directory(entry[0]):
             raise BlockBusy("it is pinned")
         if not volume.claims.is_free(path):

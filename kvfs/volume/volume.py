@@ -26,6 +26,7 @@ from kvfs.catalog.rows import ROOT_INODE, Kind
 from kvfs.clock import Clock
 from kvfs.config import Config, TierConfig
 from kvfs.errors import (
+    BlockBusy,
     CatalogError,
     TierError,
     TierOffline,
@@ -125,6 +126,12 @@ class Volume:
         for tier in self.tiers:
             tier.health.incidents = self.incidents
         self.by_number = {tier.number: tier for tier in self.tiers}
+
+    def not_sealed(self, inode: int) -> BlockBusy:
+        """Why a block that is to be sealed first is left alone."""
+        if inode in self.torn:
+            return BlockBusy("its last write was refused; remove it or write it again")
+        return BlockBusy("it is not sealed yet")
 
     def tier_named(self, name: str) -> Tier:
         """The tier of this name. Raises TierError naming those that exist."""

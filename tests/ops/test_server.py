@@ -1,16 +1,22 @@
-"""Where the control socket may lie, and who may connect to it."""
+"""Where the control socket may lie, who may connect to it, and what orders wait for."""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from kvfs.errors import KvfsError
+from kvfs.control import ControlClient
+from kvfs.errors import KvfsError, TierFull
 from kvfs.mount.server import prepare_directory
+from kvfs.mount.verbs import SEAL_WAIT_S
+from tests.conftest import MIB
+from tests.ops.serving import Served
+from tests.store.helpers import create
 
 
 def of_another_user(directory: Path) -> None:
@@ -72,3 +78,25 @@ def test_one_like_tmp_will_do_above(tmp_path: Path) -> None:
     like_tmp(tmp_path / "tmp")
     prepare_directory(tmp_path / "tmp/kvfs")
     assert (tmp_path / "tmp/kvfs").is_dir()
+
+
+def test_an_order_does_not_wait_for_blocks_that_will_not_be_sealed(served: Served) -> None:
+    capacity_bytes = max(tier.capacity_bytes for tier in served.config.tier)
+
+    async def leave(path: bytes, *, closed: bool) -> None:
+        blocks = served.store.blocks
+        block = await create(served.store, path, bytes(MIB))
+        with pytest.raises(TierFull):
+            await blocks.write(block, 2 * capacity_bytes, b"more")
+        if closed:
+            await blocks.close(block, writer=True)
+
+    for number in range(5):
+        served.run(partial(leave, closed=number > 0), b"%d" % number)
+    served.put(b"sound", b"123")
+    with ControlClient(served.socket_path) as client:
+        answer = client.call("evict", {"paths": [b""]}, timeout_s=SEAL_WAIT_S / 2)
+    assert answer["evicted"] == 1
+    assert sorted(skip["reason"] for skip in answer["skipped"]) == ["it is open"] + 4 * [
+        "its last write was refused; remove it or write it again"
+    ]

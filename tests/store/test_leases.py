@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from kvfs.config import LeasesConfig
-from kvfs.errors import BlockBusy, QuotaExceeded
+from kvfs.errors import BlockBusy, QuotaExceeded, TierFull
 from kvfs.leasing.lending import Terms
 from kvfs.leasing.lookup import BATCH_NAMES
 from kvfs.store import Store
@@ -29,6 +29,7 @@ from tests.store.helpers import (
     put_on,
     read,
     rename,
+    rewrite,
     row_at,
     seal_all,
     take_away,
@@ -558,6 +559,24 @@ async def test_a_block_that_was_just_written_is_sealed_first(bench: Workbench) -
         assert (got.statuses, got.read()) == (["FOUND"], b"123")
         nursery.cancel_scope.cancel()
     await borrower.give_back(got)
+
+
+async def test_nobody_waits_for_a_block_whose_last_write_was_refused(bench: Workbench) -> None:
+    bench.configure(nvme_mib=1, hdd_mib=1, remote_mib=1, on_full="refuse")
+    store = await bench.start()
+    block = await create(store, b"a", bytes(MIB // 2))
+    with pytest.raises(TierFull):
+        await store.blocks.write(block, MIB // 2, bytes(MIB))
+    await store.blocks.close(block, writer=True)
+    with trio.fail_after(20):
+        assert (await Borrower(store).lease(b"a", deadline_s=3600.0)).statuses == ["BUSY"]
+    with pytest.raises(BlockBusy, match="last write was refused; remove it or write it again"):
+        store.replicas.evict(block.inode, reason="asked")
+    await rewrite(store, b"a", b"123")
+    await seal_all(store)
+    got = await Borrower(store).lease(b"a")
+    assert (got.statuses, got.read()[:4]) == (["FOUND"], b"123\0")
+    got.close()
 
 
 async def test_a_slower_local_tier_is_read_in_place(bench: Workbench) -> None:
