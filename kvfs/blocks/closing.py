@@ -7,6 +7,7 @@ import os
 from kvfs import layout
 from kvfs.blocks.idle_blocks import IdleBlocks
 from kvfs.errors import TierOffline, reason_of
+from kvfs.tiers.space import PAGE_BYTES
 from kvfs.volume.open_block import OpenBlock
 from kvfs.volume.replicas import Replicas, largest
 from kvfs.volume.volume import Volume
@@ -90,7 +91,8 @@ class Closing:
 
     def _record(self, block: OpenBlock, status: os.stat_result) -> None:
         volume = self.volume
-        allocated = status.st_blocks * 512
+        # With what the seal record may take, until it is there.
+        allocated = status.st_blocks * 512 + PAGE_BYTES
         columns = {"size_bytes": status.st_size}
         row = volume.catalog.get(block.inode)
         if block.written and row is not None:

@@ -63,6 +63,22 @@ async def test_a_new_file_goes_where_there_is_room(bench: Workbench) -> None:
     await assert_consistent(store)
 
 
+async def test_seal_records_have_their_room_before_they_are_written(bench: Workbench) -> None:
+    bench.configure(nvme_mib=1, on_full="refuse")
+    store = await bench.start()
+    account = store.volume.space[0]
+    names = [b"%03d" % number for number in range(200)]
+    for name in names:
+        block = await create(store, name)
+        await store.blocks.write(block, 0, bytes(12 * KIB))
+        await store.blocks.close(block, writer=True)
+    assert account.free_bytes < 16 * KIB
+    await seal_all(store)
+    assert account.taken_bytes <= account.capacity_bytes
+    assert {tier for name in names for tier in tiers_of(store, name)} > {"nvme"}
+    await assert_consistent(store)
+
+
 async def test_a_reopened_block_spills_over_its_own_older_copy(bench: Workbench) -> None:
     bench.configure(nvme_mib=1, hdd_mib=8)
     store = await bench.start()
