@@ -15,7 +15,7 @@ from typing import Any
 from kvfs import failpoints
 from kvfs.blocks.blocks import Blocks
 from kvfs.blocks.namespace import Namespace, set_owner
-from kvfs.catalog.rows import RAW, ZSTD, BlockState, Inode, Kind, Replica
+from kvfs.catalog.rows import GOOD, RAW, ZSTD, BlockState, Inode, Kind, Replica
 from kvfs.errors import (
     BlockStale,
     FilesystemError,
@@ -167,8 +167,8 @@ class Attributes:
                 owner = inode.mode, inode.uid, inode.gid
                 await first.run(set_owner, first, first.locate(path), *owner)
 
-    async def _on_replicas(self, inode: Inode, function: Any, *args: Any) -> None:
-        """Call `function(tier, absolute path, *args)` on each copy that can be reached."""
+    async def _mirror_xattr(self, inode: Inode, name: bytes, value: bytes | None) -> None:
+        """Set or remove it on each copy that can be reached."""
         path = await self.blocks.paths.free_block(inode.id)
         if inode.kind == Kind.DIRECTORY:
             places = [(self.volume.tiers[0], False)]
@@ -178,7 +178,16 @@ class Attributes:
         for tier, fanned in places:
             # The catalog has it; a tier that is away learns by fsck.
             with self.volume.overlook("mirrors_failed", tier):
-                await tier.run(function, tier, tier.locate(path, fanned), *args)
+                status = await tier.run(_set_xattr, tier, tier.locate(path, fanned), name, value)
+                self._measured(inode.id, tier, status)
+
+    def _measured(self, number: int, tier: Tier, status: os.stat_result) -> None:
+        """An xattr may have got a page. What is to be sealed is counted with one anyway."""
+        row = self.volume.catalog.get(number)
+        sealed = row is not None and row.state == BlockState.SEALED
+        for replica in self.volume.catalog.replicas(number):
+            if replica.tier == tier.number and (sealed or replica.state != GOOD):
+                self.replicas.measured(number, tier, status.st_blocks * 512)
 
     # --- xattrs
 
@@ -261,7 +270,7 @@ class Attributes:
                 raise FilesystemError(errno.ENOSPC)
             catalog.set_xattr(number, name, value)
         failpoints.hit("setxattr.recorded")
-        await self._on_replicas(inode, _mirror_xattr, name, value)
+        await self._mirror_xattr(inode, name, value)
 
     def parse_pin(self, value: bytes) -> str | None:
         """None, '1' or a tier's name. Raises InvalidOperation."""
@@ -285,7 +294,7 @@ class Attributes:
         elif not catalog.remove_xattr(number, name):
             raise FilesystemError(errno.ENODATA)
         failpoints.hit("removexattr.recorded")
-        await self._on_replicas(inode, _mirror_xattr, name, None)
+        await self._mirror_xattr(inode, name, None)
 
 
 def _storable(time_ns: int | None) -> int | None:
@@ -341,6 +350,7 @@ def _rewrite_seal(
     return status, status.st_mtime_ns if untouched else UNLIKE_ANY
 
 
-def _mirror_xattr(tier: Tier, absolute: bytes, name: bytes, value: bytes | None) -> None:
+def _set_xattr(tier: Tier, absolute: bytes, name: bytes, value: bytes | None) -> os.stat_result:
     tier.mirror_xattr(absolute, name, value)
     failpoints.hit("setxattr.mirrored")
+    return tier.files.status(absolute)

@@ -25,7 +25,7 @@ from kvfs.tiers.beneath import Root
 from kvfs.tiers.deadlines import Closer, Delivery, run_watched
 from kvfs.tiers.health import Health, Refusal, State, is_full
 from kvfs.tiers.identity import TierIdentity, make_private_directories, read_identity
-from kvfs.tiers.seal import SEAL_BYTES, SEAL_XATTR, Seal, decode_seal, fits
+from kvfs.tiers.seal import MOST_SEAL_BYTES, SEAL_XATTR, Seal, decode_seal, fits
 
 log = logging.getLogger(__name__)
 
@@ -361,7 +361,7 @@ class Tier:
             with self._descriptor_of(absolute) as descriptor:
                 if self.identity.probe.xattrs:
                     return decode_seal(os.getxattr(descriptor, SEAL_XATTR))
-                seal = decode_seal(self.files.read(self._sidecar(descriptor), SEAL_BYTES + 1))
+                seal = decode_seal(self.files.read(self._sidecar(descriptor), MOST_SEAL_BYTES + 1))
                 # The number of a removed file is used again: a record that is not of this content
                 # is old.
                 if seal and seal.mtime_ns == os.fstat(descriptor).st_mtime_ns:

@@ -42,6 +42,7 @@ from kvfs.tiers.deadlines import answers
 from kvfs.tiers.health import is_full
 from kvfs.tiers.identity import (
     ABSENT,
+    FORMAT_VERSION,
     Member,
     TierIdentity,
     init_tier,
@@ -444,7 +445,7 @@ def _identity_of_missing(
             continue
         if tier.medium != "remote":
             _refuse_unmounted(tier, {(name, path)})
-        return TierIdentity(uuid=uuid, format_version=1, created_at=0.0, probe=ABSENT)
+        return TierIdentity(uuid, FORMAT_VERSION, created_at=0.0, probe=ABSENT)
     if tier.name in silent:
         raise TierError(f"tier {tier.name}: {tier.path} does not answer and was never used")
     if not tier.path.is_dir():
@@ -492,7 +493,9 @@ def _remember_members(tiers: list[Tier], catalog: Catalog) -> None:
     members = {t.identity.uuid: Member(t.name, str(t.config.path)) for t in tiers}
     for tier in tiers:
         if tier.online:
-            tier.identity = msgspec.structs.replace(tier.identity, members=members, mounts=mounts)
+            tier.identity = msgspec.structs.replace(
+                tier.identity, members=members, mounts=mounts, format_version=FORMAT_VERSION
+            )
             try:
                 write_identity(tier.config.path, tier.identity)
             except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from kvfs.policy.plan import Move, MoveKind
 from kvfs.store import Store
 from kvfs.tiers.codec import open_compressed
 from kvfs.tiers.identity import init_tier, write_identity
+from kvfs.tiers.seal import Seal
 from kvfs.tiers.space import PAGE_BYTES
 from kvfs.tiers.tier import Tier
 from kvfs.upkeep import mover
@@ -150,6 +152,15 @@ async def rewrite(store: Store, path: bytes, data: bytes, offset: int = 0) -> No
     block = await store.blocks.open_writer(row_at(store, path).id)
     await store.blocks.write(block, offset, data)
     await store.blocks.close(block, writer=True)
+
+
+def first_record(seal: Seal) -> bytes:
+    """A seal record of the first version."""
+    body = struct.pack(
+        "<4sBBHQQQ16sIIIq", b"KVFS", 1, seal.codec, 0, seal.inode, seal.generation,
+        seal.length_bytes, seal.checksum, seal.mode, seal.uid, seal.gid, seal.mtime_ns,
+    )  # fmt: skip
+    return body + struct.pack("<I", xxhash.xxh32_intdigest(body))
 
 
 async def unlink(store: Store, path: bytes) -> Inode:

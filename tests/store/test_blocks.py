@@ -387,6 +387,23 @@ async def test_a_fetched_block_can_be_reopened_for_writing(bench: Workbench) -> 
 # --- crowded directories
 
 
+async def test_the_page_that_xattrs_take_is_counted(bench: Workbench) -> None:
+    store = await bench.start()
+    await put_on(store, b"d/a", b"123", "nvme", "hdd")
+    number = row_at(store, b"d/a").id
+    before_bytes = store.volume.space[0].used_bytes
+    await store.attributes.set_xattr(number, b"user.engine", bytes(500))
+    await assert_consistent(store)
+    assert store.volume.space[0].used_bytes > before_bytes
+    await store.attributes.remove_xattr(number, b"user.engine")
+    await assert_consistent(store)
+    writer = await store.blocks.open_writer(number)
+    await store.attributes.set_xattr(number, b"user.engine", bytes(500))
+    await store.blocks.close(writer, writer=True)
+    await seal_all(store)
+    await assert_consistent(store)
+
+
 async def test_a_crowded_directory_fans_out(bench: Workbench) -> None:
     store = await bench.start()
     store.volume.catalog.fan_out_names = 3

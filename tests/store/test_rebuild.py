@@ -12,7 +12,7 @@ import pytest
 from kvfs import layout
 from kvfs.catalog.rows import BlockState
 from kvfs.store import Store
-from kvfs.tiers.identity import init_tier, read_identity
+from kvfs.tiers.identity import FORMAT_VERSION, init_tier, read_identity, write_identity
 from kvfs.tiers.seal import SEAL_XATTR
 from kvfs.tiers.walk import look
 from kvfs.upkeep.recovery import Verdict
@@ -22,6 +22,7 @@ from tests.store.helpers import (
     create,
     file_on,
     files_on,
+    first_record,
     make_directory,
     move,
     private_files,
@@ -39,6 +40,32 @@ from tests.store.helpers import (
 )
 
 # --- the catalog is lost
+
+
+async def test_tiers_of_the_first_format_are_read_and_marked_as_newer(bench: Workbench) -> None:
+    store = await bench.start()
+    contents = {b"d/%d" % number: os.urandom(1000 * number) for number in range(4)}
+    for path, data in contents.items():
+        await put_on(store, path, data, "nvme", "hdd")
+    bench.stop(store)
+    for tier in store.volume.tiers:
+        for path in files_on(tier):
+            absolute = tier.locate(path)
+            seal = tier.read_seal(absolute)
+            assert seal is not None
+            os.setxattr(absolute, SEAL_XATTR, first_record(seal))
+        write_identity(tier.config.path, msgspec.structs.replace(tier.identity, format_version=1))
+    bench.lose_catalog()
+    store = await bench.start()
+    for tier in store.volume.tiers:
+        assert read_identity(tier.config.path).format_version == FORMAT_VERSION
+    for path, data in contents.items():
+        assert await read(store, path) == data
+        assert tiers_of(store, path) == ["nvme", "hdd"]
+        await rewrite(store, path, b"new")
+    await seal_all(store)
+    assert await read(store, b"d/3") == b"new" + contents[b"d/3"][3:]
+    await assert_consistent(store)
 
 
 async def test_a_lost_catalog_is_rebuilt_with_all_but_heat(bench: Workbench) -> None:

@@ -121,7 +121,7 @@ async def test_a_full_tier_is_surveyed_as_far_as_it_must_be_relieved(
 ) -> None:
     bench.configure(nvme_mib=1)
     store = await bench.start()
-    for number in range(16):
+    for number in range(17):
         await put(store, b"%02d" % number, bytes(60_000))
     survey = Views(store, "", "").survey()
     made = scans.snapshot(reader(store, readers), survey)
