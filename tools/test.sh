@@ -45,7 +45,8 @@ end_ours() {
     done < <(our_mounts)
     mapfile -t pids < <(our_processes)
     if [ "${#pids[@]}" -gt 0 ]; then
-        echo "test: ending processes that the tests left: ${pids[*]}" >&2
+        echo "test: ending processes that the tests left:" >&2
+        ps -o pid,stat,etime,args -p "${pids[*]}" >&2
         kill -KILL "${pids[@]}" 2>/dev/null
     fi
 }

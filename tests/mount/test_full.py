@@ -37,6 +37,7 @@ BLOCK_BYTES = 256 * KIB
 # With the page that its seal record may take.
 STORED_BYTES = BLOCK_BYTES + 4 * KIB
 WRITERS = 30
+HELD_S = 60.0
 FULL_LOG = ["No space left", "full", "refused", "disk I/O error", "tier nvme is"]
 
 
@@ -248,12 +249,18 @@ def test_writers_that_nobody_expected_to_write_so_much(way: Way) -> None:
         for number in range(40):
             assert put(mount, f"small-{number}", 4 * KIB)
         mount.wait_sealed()
-        held = threading.Barrier(WRITERS + 1)
+        held = threading.Barrier(WRITERS + 1, timeout=HELD_S)
 
         def write(number: int) -> bool:
             temporary = mount.path / f"large-{number}.tmp"
             written = 0
-            with temporary.open("wb", buffering=0) as file:
+            try:
+                file = temporary.open("wb", buffering=0)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC, error
+                held.wait()
+                return False
+            with file:
                 while written < MIB and (taken := try_to_write(file, bytes(64 * KIB))):
                     written += taken
                 held.wait()
