@@ -80,6 +80,7 @@ def test_one_like_tmp_will_do_above(tmp_path: Path) -> None:
     assert (tmp_path / "tmp/kvfs").is_dir()
 
 
+@pytest.mark.semantics("S-write-7")
 def test_an_order_does_not_wait_for_blocks_that_will_not_be_sealed(served: Served) -> None:
     capacity_bytes = max(tier.capacity_bytes for tier in served.config.tier)
 

@@ -561,6 +561,7 @@ async def test_a_block_that_was_just_written_is_sealed_first(bench: Workbench) -
     await borrower.give_back(got)
 
 
+@pytest.mark.semantics("S-write-7")
 async def test_nobody_waits_for_a_block_whose_last_write_was_refused(bench: Workbench) -> None:
     bench.configure(nvme_mib=1, hdd_mib=1, remote_mib=1, on_full="refuse")
     store = await bench.start()
