@@ -27,6 +27,7 @@ from kvfs.config import (
 )
 from kvfs.errors import MountpointError
 from kvfs.metrics import prometheus_text
+from kvfs.mount import readiness
 from kvfs.mount.control_dir import PROBE, ControlDirectory
 from kvfs.mount.invalidate import Invalidator
 from kvfs.mount.node import FINAL_FLUSH_S, Node, notify_systemd, prepare_process
@@ -153,6 +154,7 @@ class Daemon:
                 nursery.start_soon(self._announce)
                 if self._channel is not None:
                     nursery.start_soon(self._channel.finish)
+                readiness.install()
                 await pyfuse3.main(min_tasks=2, max_tasks=self._most_tasks())
                 nursery.cancel_scope.cancel()
         finally:

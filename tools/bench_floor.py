@@ -22,6 +22,8 @@ HAS_REPLIES = preload()
 
 import pyfuse3  # noqa: E402
 
+from kvfs.mount import readiness  # noqa: E402
+
 CACHED_S = 300.0
 HANDLE_MASK = (1 << BACKING_ID_SHIFT) - 1
 
@@ -157,6 +159,7 @@ async def serve(channel: Channel | None) -> None:
     async with trio.open_nursery() as nursery:
         if channel is not None:
             nursery.start_soon(channel.finish)
+        readiness.install()
         await pyfuse3.main()
 
 
