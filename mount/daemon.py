@@ -154,7 +154,7 @@ class Daemon:
                 nursery.start_soon(self._announce)
                 if self._channel is not None:
                     nursery.start_soon(self._channel.finish)
-                readiness.install()
+                readiness.install(self.operations.readiness)
                 await pyfuse3.main(min_tasks=2, max_tasks=self._most_tasks())
                 nursery.cancel_scope.cancel()
         finally:

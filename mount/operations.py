@@ -32,6 +32,7 @@ from kvfs.mount.data_path import DataPath
 from kvfs.mount.handles import Handle, Handles
 from kvfs.mount.inodes import InodeTable
 from kvfs.mount.passthrough import BACKING_ID_SHIFT, Passthrough
+from kvfs.mount.readiness import Readiness
 from kvfs.store import Store
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def answered(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     async def wrapper(self: Operations, *args: Any) -> Any:
+        request = self.readiness.begin()
         try:
             return await handler(self, *args)
         except pyfuse3.FUSEError:
@@ -64,6 +66,8 @@ def answered(handler: Handler) -> Handler:
                 reason, text = reason_of(error), f"{handler.__name__}: {error}"
                 self.store.volume.incidents.note("requests_failed", text, reason=reason)
             raise pyfuse3.FUSEError(number) from None
+        finally:
+            self.readiness.end(request)
 
     return wrapper  # type: ignore[return-value] # the wrapper has the handler's signature
 
@@ -80,6 +84,7 @@ class Operations(pyfuse3.Operations):
         self.store = store
         self.control = control
         self.data_path = DataPath(store.blocks, passthrough)
+        self.readiness = Readiness()
         # A registered file with the probe's token; 0: the daemon answers the probe.
         self.probe_id = 0
         self.inodes = InodeTable()

@@ -159,7 +159,7 @@ async def serve(channel: Channel | None) -> None:
     async with trio.open_nursery() as nursery:
         if channel is not None:
             nursery.start_soon(channel.finish)
-        readiness.install()
+        readiness.install(readiness.Readiness())
         await pyfuse3.main()
 
 

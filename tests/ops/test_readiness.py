@@ -11,11 +11,19 @@ from typing import Any
 import pyfuse3
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfs.mount import readiness
-from kvfs.mount.readiness import TRIAL_WAITS, Gaps, Readiness
+from kvfs.mount.readiness import (
+    MOST_TURNS,
+    ROUNDS_TO_ANSWER,
+    TRIAL_WAITS,
+    Gaps,
+    ReaderLock,
+    Readiness,
+)
 
 Pair = tuple[socket.socket, socket.socket]
 LEARNED_AFTER = 16
@@ -125,6 +133,114 @@ async def test_another_descriptor_is_another_wait(pair: Pair) -> None:
     await ready.wait_readable(theirs.fileno())
 
 
+async def test_a_request_is_answered_before_anybody_looks_out_for_the_next(pair: Pair) -> None:
+    ours, theirs = pair
+    theirs.send(b"x")
+    ready = expecting(short=True)
+    steps: list[str] = []
+
+    async def answer(task_status: trio.TaskStatus[None]) -> None:
+        request = ready.begin()
+        task_status.started()
+        for _ in range(ROUNDS_TO_ANSWER - 2):
+            await trio.lowlevel.checkpoint()
+        steps.append("answered")
+        ready.end(request)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(answer)
+        await ready.wait_readable(ours.fileno())
+        steps.append("ready")
+    assert steps == ["answered", "ready"]
+
+
+async def test_a_request_that_waits_for_a_slow_tier_keeps_nobody(pair: Pair) -> None:
+    ours, theirs = pair
+    ready = expecting(short=True)
+    slow, quick = ready.begin(), ready.begin()
+    ready.end(quick)
+    for _ in range(2):
+        theirs.send(b"x")
+        await ready.wait_readable(ours.fileno())
+        assert ours.recv(10) == b"x"
+    assert ready.awake == 2
+    ready.end(slow)
+
+
+# --- whose turn it is
+
+
+async def test_one_task_reads_at_a_time_and_others_have_their_turn() -> None:
+    lock = ReaderLock()
+    reading = 0
+    reads: list[int] = []
+    other = 0
+
+    async def read(reader: int) -> None:
+        nonlocal reading
+        for number in range(100):
+            async with lock:
+                reading += 1
+                assert reading == 1
+                if number % 7 == 0:
+                    await trio.lowlevel.checkpoint()
+                reading -= 1
+            reads.append(reader)
+
+    async def work() -> None:
+        nonlocal other
+        while len(reads) < 200:
+            other += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, 0)
+        nursery.start_soon(read, 1)
+        nursery.start_soon(work)
+    assert other >= 200 / MOST_TURNS / 2
+
+
+async def test_who_waits_reads_when_the_one_before_is_kept_by_its_request() -> None:
+    lock, kept, read_on = ReaderLock(), trio.Event(), trio.Event()
+
+    async def first() -> None:
+        async with lock:
+            pass
+        await kept.wait()
+
+    async def second() -> None:
+        async with lock:
+            read_on.set()
+
+    async with trio.open_nursery() as nursery:
+        async with lock:
+            nursery.start_soon(first)
+            nursery.start_soon(second)
+            await trio.testing.wait_all_tasks_blocked()
+        await read_on.wait()
+        kept.set()
+
+
+async def test_one_that_is_cancelled_in_its_turn_leaves_it_to_the_next() -> None:
+    lock, cancelled = ReaderLock(), trio.CancelScope()
+    read: list[str] = []
+
+    async def reader(name: str, scope: trio.CancelScope) -> None:
+        with scope:
+            async with lock:
+                await trio.lowlevel.checkpoint()
+                read.append(name)
+
+    async with trio.open_nursery() as nursery:
+        async with lock:
+            nursery.start_soon(reader, "first", cancelled)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(reader, "second", trio.CancelScope())
+            await trio.testing.wait_all_tasks_blocked()
+        cancelled.cancel()
+    assert read == ["second"]
+
+
 # --- pyfuse3
 
 
@@ -135,7 +251,7 @@ def test_pyfuse3_waits_like_this_where_the_client_has_a_core_of_its_own(
     fuse: Any = pyfuse3
     monkeypatch.setattr(fuse, "trio", trio)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    readiness.install()
+    readiness.install(Readiness())
     assert (fuse.trio.lowlevel.wait_readable != trio.lowlevel.wait_readable) == replaced
-    assert fuse.trio.Lock is trio.Lock
+    assert fuse.trio.open_nursery is trio.open_nursery
     assert fuse.trio.lowlevel.notify_closing is trio.lowlevel.notify_closing
