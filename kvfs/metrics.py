@@ -35,7 +35,10 @@ class Counters:
     tiers: dict[int, TierCounters] = field(default_factory=dict)
 
     def tier(self, index: int) -> TierCounters:
-        return self.tiers.setdefault(index, TierCounters())
+        found = self.tiers.get(index)
+        if found is None:
+            found = self.tiers[index] = TierCounters()
+        return found
 
     def count(self, event: str, by: int = 1, *, reason: str = "", tier: str = "") -> None:
         """`reason` is a word of the code or the name of an errno, never free text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
 
@@ -30,7 +30,8 @@ class Handle:
     ahead: bytes = b""
     ahead_at: int = 0
     ahead_changes: int = 0
-    lock: trio.Lock = field(default_factory=trio.Lock)
+    # While that is done; made for the first time.
+    lock: trio.Lock | None = None
 
 
 class Handles:
@@ -61,7 +62,8 @@ class Handles:
 
     def remove(self, number: int) -> Handle:
         handle = self._handles.pop(number & HANDLE_MASK)
-        self._set_ahead(handle, b"", 0)
+        if handle.ahead:
+            self._set_ahead(handle, b"", 0)
         return handle
 
     async def read(self, handle: Handle, offset: int, size: int) -> bytes:
@@ -73,7 +75,7 @@ class Handles:
         block = handle.block
         if block is None:
             return handle.snapshot[offset : offset + size]
-        if handle.lock.locked():
+        if handle.lock is not None and handle.lock.locked():
             async with handle.lock:
                 pass
         if handle.ahead and handle.ahead_changes != block.changes:
@@ -100,6 +102,7 @@ class Handles:
         if block.local:
             # The whole block in few large requests to the medium, instead of a window at a time.
             os.posix_fadvise(block.descriptor, 0, length, os.POSIX_FADV_WILLNEED)
+        handle.lock = handle.lock or trio.Lock()
         async with handle.lock:
             handle.ahead_changes = block.changes
             first = await self._blocks.read(block, 0, size)

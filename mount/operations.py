@@ -52,7 +52,6 @@ def answered(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     async def wrapper(self: Operations, *args: Any) -> Any:
-        request = self.readiness.begin()
         try:
             return await handler(self, *args)
         except pyfuse3.FUSEError:
@@ -67,7 +66,7 @@ def answered(handler: Handler) -> Handler:
                 self.store.volume.incidents.note("requests_failed", text, reason=reason)
             raise pyfuse3.FUSEError(number) from None
         finally:
-            self.readiness.end(request)
+            self.readiness.answering = False
 
     return wrapper  # type: ignore[return-value] # the wrapper has the handler's signature
 
@@ -151,6 +150,7 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         self.inodes.forget(inode_list)
+        self.readiness.answering = False
 
     @answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Any:
@@ -367,8 +367,10 @@ class Operations(pyfuse3.Operations):
     @answered
     async def release(self, fh: int) -> None:
         handle = self.handles.remove(fh)
-        if handle.block is not None:
-            await self.store.blocks.close(handle.block, writer=handle.writer)
+        if handle.writer and handle.block is not None:
+            await self.store.blocks.close(handle.block, writer=True)
+        elif handle.block is not None:
+            self.store.blocks.part(handle.block)
 
     # --- the whole
 

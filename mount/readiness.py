@@ -60,31 +60,19 @@ class Readiness:
         self.gaps = Gaps()
         self.waits = 0
         self.awake = 0
-        # Requests so far, and the newest while its handler may still be at it.
-        self._requests = 0
-        self._newest = 0
+        # The newest request is not answered yet. Handlers end it, also one of an older request:
+        # then somebody looks out a little too early.
+        self.answering = False
         self._poll = select.poll()
         self._descriptor = -1
-
-    def begin(self) -> int:
-        """A handler has a request; the number of it."""
-        self._requests += 1
-        self._newest = self._requests
-        return self._newest
-
-    def end(self, request: int) -> None:
-        """It is answered."""
-        if request == self._newest:
-            self._newest = 0
 
     async def wait_readable(self, descriptor: int) -> None:
         """Return when it can be read, or has hung up. The loop stands still for AWAKE_S at most."""
         # A request is not to wait for who looks out for the next one; a slow tier does not count.
         for _ in range(ROUNDS_TO_ANSWER):
-            if not self._newest:
+            if not self.answering:
                 break
             await trio.lowlevel.checkpoint()
-        self._newest = 0
         self.waits += 1
         started_s = time.perf_counter()
         awake = self.gaps.next_is_short or self.waits % TRIAL_WAITS == 0
@@ -92,9 +80,11 @@ class Readiness:
             self.awake += 1
             if self._comes(descriptor, started_s + AWAKE_S):
                 self.gaps.note(short=True)
+                self.answering = True
                 return
         await trio.lowlevel.wait_readable(descriptor)
         self.gaps.note(short=not awake and time.perf_counter() - started_s < SHORT_S)
+        self.answering = True
 
     def _comes(self, descriptor: int, until_s: float) -> bool:
         if descriptor != self._descriptor:

@@ -213,7 +213,7 @@ class Blocks:
         return block
 
     def part(self, block: OpenBlock) -> None:
-        """Such a reader is gone, or another one whose close waits for nothing."""
+        """Such a reader is gone, or any other: the close of a reader waits for nothing."""
         self.closing.drop_user(block, writer=False)
 
     def _enter(

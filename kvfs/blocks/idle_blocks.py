@@ -51,9 +51,14 @@ class IdleBlocks:
                 return False
             block.mode = ""
         assert block.writer_fd < 0, "what a writer had open was changed"
-        left_as, sealed = fingerprint(block.reader_fd), block.sealed
-        if left_as is None or (sealed and left_as != (sealed.file_bytes, sealed.mtime_ns)):
-            return False
+        # A sealed file is to be found as it was sealed.
+        if block.sealed is not None:
+            left_as = (block.sealed.file_bytes, block.sealed.mtime_ns)
+        else:
+            found = fingerprint(block.reader_fd)
+            if found is None:
+                return False
+            left_as = found
         self._blocks[block.inode] = (block, left_as)
         while len(self._blocks) > self.limit:
             _, (oldest, _) = self._blocks.popitem(last=False)
