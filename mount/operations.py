@@ -83,7 +83,7 @@ class Operations(pyfuse3.Operations):
         self.store = store
         self.control = control
         self.data_path = DataPath(store.blocks, passthrough)
-        self.readiness = Readiness()
+        self.readiness = Readiness(store.volume.long_calls)
         # A registered file with the probe's token; 0: the daemon answers the probe.
         self.probe_id = 0
         self.inodes = InodeTable()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +57,10 @@ class Gaps:
 class Readiness:
     """How a reader waits for a descriptor. Owned by the trio loop; one task waits at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: Callable[[], int] = lambda: 0) -> None:
+        """`threads`: how many of the daemon's other threads compute now."""
+        self._threads = threads
+        self._cores = len(os.sched_getaffinity(0))
         self.gaps = Gaps()
         self.waits = 0
         self.awake = 0
@@ -75,7 +79,8 @@ class Readiness:
             await trio.lowlevel.checkpoint()
         self.waits += 1
         started_s = time.perf_counter()
-        awake = self.gaps.next_is_short or self.waits % TRIAL_WAITS == 0
+        tempted = self.gaps.next_is_short or self.waits % TRIAL_WAITS == 0
+        awake = tempted and self._has_core()
         if awake:
             self.awake += 1
             if self._comes(descriptor, started_s + AWAKE_S):
@@ -85,6 +90,10 @@ class Readiness:
         await trio.lowlevel.wait_readable(descriptor)
         self.gaps.note(short=not awake and time.perf_counter() - started_s < SHORT_S)
         self.answering = True
+
+    def _has_core(self) -> bool:
+        """Whether looking out takes none from the client, or from a thread with work to do."""
+        return self._threads() + 2 <= self._cores
 
     def _comes(self, descriptor: int, until_s: float) -> bool:
         if descriptor != self._descriptor:
@@ -123,14 +132,10 @@ class ReaderLock:
 
 
 def install(readiness: Readiness) -> None:
-    """Have pyfuse3 wait like this; nothing where the client has no other core to run on.
-
-    pyfuse3 lets its `trio` be replaced: its asyncio mode does it.
-    """
-    if len(os.sched_getaffinity(0)) > 1:
-        lowlevel = _with(trio.lowlevel, wait_readable=readiness.wait_readable)
-        replaced = _with(trio, lowlevel=lowlevel, Lock=ReaderLock)
-        pyfuse3.trio = replaced  # type: ignore[attr-defined]
+    """Have pyfuse3 wait like this. It lets its `trio` be replaced: its asyncio mode does it."""
+    lowlevel = _with(trio.lowlevel, wait_readable=readiness.wait_readable)
+    replaced = _with(trio, lowlevel=lowlevel, Lock=ReaderLock)
+    pyfuse3.trio = replaced  # type: ignore[attr-defined]
 
 
 def _with(module: Any, **others: Any) -> SimpleNamespace:

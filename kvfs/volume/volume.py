@@ -128,6 +128,10 @@ class Volume:
             tier.health.incidents = self.incidents
         self.by_number = {tier.number: tier for tier in self.tiers}
 
+    def long_calls(self) -> int:
+        """How many threads hash, copy or sync now."""
+        return sum(tier.long_limiter.borrowed_tokens for tier in self.tiers)
+
     def not_sealed(self, inode: int) -> BlockBusy:
         """Why a block that is to be sealed first is left alone."""
         if inode in self.torn:

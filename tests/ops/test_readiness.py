@@ -29,6 +29,11 @@ Pair = tuple[socket.socket, socket.socket]
 LEARNED_AFTER = 16
 
 
+@pytest.fixture(autouse=True)
+def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     ours, theirs = socket.socketpair()
@@ -73,9 +78,9 @@ def test_after_enough_long_waits_the_next_is_expected_to_be_long(before: list[bo
 # --- how it waits
 
 
-def expecting(*, short: bool) -> Readiness:
+def expecting(*, short: bool, threads: int = 0) -> Readiness:
     """A wait after many that were short, or long."""
-    ready = Readiness()
+    ready = Readiness(lambda: threads)
     for _ in range(LEARNED_AFTER):
         ready.gaps.note(short=short)
     return ready
@@ -131,6 +136,20 @@ async def test_another_descriptor_is_another_wait(pair: Pair) -> None:
     assert scope.cancelled_caught
     ours.send(b"y")
     await ready.wait_readable(theirs.fileno())
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "awake"), [(1, 0, 0), (2, 0, 1), (2, 1, 0), (3, 1, 1)]
+)
+async def test_nobody_loses_a_core_to_who_looks_out(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, awake: int
+) -> None:
+    ours, theirs = pair
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    ready = expecting(short=True, threads=threads)
+    theirs.send(b"x")
+    await ready.wait_readable(ours.fileno())
+    assert ready.awake == awake
 
 
 async def test_a_request_is_answered_before_anybody_looks_out_for_the_next(pair: Pair) -> None:
@@ -243,14 +262,12 @@ async def test_one_that_is_cancelled_in_its_turn_leaves_it_to_the_next() -> None
 # --- pyfuse3
 
 
-@pytest.mark.parametrize(("cores", "replaced"), [(1, False), (2, True)])
-def test_pyfuse3_waits_like_this_where_the_client_has_a_core_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, cores: int, *, replaced: bool
-) -> None:
+def test_pyfuse3_waits_like_this(monkeypatch: pytest.MonkeyPatch) -> None:
     fuse: Any = pyfuse3
     monkeypatch.setattr(fuse, "trio", trio)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    readiness.install(Readiness())
-    assert (fuse.trio.lowlevel.wait_readable != trio.lowlevel.wait_readable) == replaced
+    ready = Readiness()
+    readiness.install(ready)
+    assert fuse.trio.lowlevel.wait_readable == ready.wait_readable
+    assert fuse.trio.Lock is ReaderLock
     assert fuse.trio.open_nursery is trio.open_nursery
     assert fuse.trio.lowlevel.notify_closing is trio.lowlevel.notify_closing
