@@ -129,8 +129,9 @@ class Volume:
         self.by_number = {tier.number: tier for tier in self.tiers}
 
     def long_calls(self) -> int:
-        """How many threads hash, copy or sync now."""
-        return sum(tier.long_limiter.borrowed_tokens for tier in self.tiers)
+        """How many threads hash, copy or sync, or are about to."""
+        calls = sum(tier.long_limiter.borrowed_tokens for tier in self.tiers)
+        return max(calls, bool(self.sealing))
 
     def not_sealed(self, inode: int) -> BlockBusy:
         """Why a block that is to be sealed first is left alone."""
