@@ -52,6 +52,7 @@ def answered(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     async def wrapper(self: Operations, *args: Any) -> Any:
+        self.readiness.answering = True
         try:
             return await handler(self, *args)
         except pyfuse3.FUSEError:
@@ -150,7 +151,6 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         self.inodes.forget(inode_list)
-        self.readiness.answering = False
 
     @answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Any:

@@ -64,8 +64,8 @@ class Readiness:
         self.gaps = Gaps()
         self.waits = 0
         self.awake = 0
-        # The newest request is not answered yet. Handlers end it, also one of an older request:
-        # then somebody looks out a little too early.
+        # Set and taken back by handlers, as it is of the newest request; when an older one ends
+        # meanwhile somebody looks out a little too early.
         self.answering = False
         self._poll = select.poll()
         self._descriptor = -1
@@ -85,11 +85,9 @@ class Readiness:
             self.awake += 1
             if self._comes(descriptor, started_s + AWAKE_S):
                 self.gaps.note(short=True)
-                self.answering = True
                 return
         await trio.lowlevel.wait_readable(descriptor)
         self.gaps.note(short=not awake and time.perf_counter() - started_s < SHORT_S)
-        self.answering = True
 
     def _has_core(self) -> bool:
         """Whether looking out takes none from the client, or from a thread with work to do."""
