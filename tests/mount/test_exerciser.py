@@ -41,9 +41,9 @@ def move_about(mount: MountedKvfs, running: list[subprocess.Popen[str]]) -> None
     dice = random.Random(0)
     with ControlClient(find_mount(mount.path).socket_path) as client:
         while any(process.poll() is None for process in running):
-            verb = dice.choice(("promote", "demote"))
+            verb, tiers = dice.choice((("promote", TIERS[:-1]), ("demote", TIERS[1:])))
             path = str(dice.choice(SEEDS)).encode()
-            client.call(verb, {"paths": [path], "to": dice.choice(TIERS)}, timeout_s=60)
+            client.call(verb, {"paths": [path], "to": dice.choice(tiers)}, timeout_s=60)
 
 
 def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -68,7 +68,8 @@ def test_whatever_is_done_to_files_has_its_effect_and_no_other(
     tiers = call(mount, "status")["tiers"]
     moves = {kind: sum(tier[kind] for tier in tiers) for kind in ("promotions", "demotions")}
     # A fast machine has done all operations before many blocks are moved.
-    assert min(moves.values()) >= 10, moves
+    assert min(moves.values()) >= 1, moves
+    assert sum(moves.values()) >= 20, moves
     record_property("operations", OPERATIONS * len(SEEDS))
     record_property("moves", sum(moves.values()))
     check_accounts(mount)
