@@ -187,7 +187,8 @@ class Space:
 
     def learn(self, size_bytes: int, *keys: object) -> None:
         """A file was closed with this size. Large ones are remembered for a while."""
-        size_bytes = rounded(size_bytes)
+        # With its record: of several that begin at once each has room for all of it, or none.
+        size_bytes = sealed(size_bytes)
         for key in keys:
             before = self._recent.pop(key, 0)
             self._recent[key] = max(size_bytes, before * 3 // 4)

@@ -176,7 +176,7 @@ async def test_a_reservation_grows_with_the_file_and_ends_with_the_writer(
     assert account.used_bytes >= 4 * MIB
     await seal_all(store)
     block = await create(store, b"d/b")
-    assert account.reserved_bytes == 4 * MIB, "as large as its neighbour"
+    assert account.reserved_bytes == sealed(4 * MIB), "as large as its neighbour"
     await store.blocks.close(block, writer=True)
     await seal_all(store)
     await assert_consistent(store)

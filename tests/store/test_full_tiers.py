@@ -79,6 +79,24 @@ async def test_seal_records_have_their_room_before_they_are_written(bench: Workb
     await assert_consistent(store)
 
 
+async def test_of_two_that_begin_with_room_for_one_one_is_stored(bench: Workbench) -> None:
+    bench.configure(nvme_mib=1, on_full="refuse")
+    bench.config = msgspec.structs.replace(bench.config, tier=bench.config.tier[:1])
+    store = await bench.start()
+    account = store.volume.space[0]
+    await put(store, b"d/first", bytes(256 * KIB))
+    rest = store.volume.space.reserve(0, account.free_bytes - 512 * KIB)
+    assert rest is not None
+    block = await create(store, b"d/a")
+    with pytest.raises(TierFull):
+        await create(store, b"d/b")
+    await store.blocks.write(block, 0, bytes(256 * KIB))
+    await store.blocks.close(block, writer=True)
+    rest.release()
+    await seal_all(store)
+    await assert_consistent(store)
+
+
 async def test_a_reopened_block_spills_over_its_own_older_copy(bench: Workbench) -> None:
     bench.configure(nvme_mib=1, hdd_mib=8)
     store = await bench.start()

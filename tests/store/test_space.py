@@ -19,6 +19,7 @@ from kvfs.tiers.space import (
     TierSpace,
     limit_of,
     rounded,
+    sealed,
 )
 
 CAPACITY_BYTES = 1 << 20
@@ -140,27 +141,27 @@ def test_the_first_file_may_take_a_hundredth_of_the_tier_or_32_mib() -> None:
 def test_a_directory_tells_what_its_next_file_will_take() -> None:
     space = make_space()
     space.learn(10_000, "directory", "namespace")
-    assert space.expected_bytes(0, "directory", "namespace") == rounded(10_000)
-    assert space.expected_bytes(0, "new", "namespace") == rounded(10_000)
+    assert space.expected_bytes(0, "directory", "namespace") == sealed(10_000)
+    assert space.expected_bytes(0, "new", "namespace") == sealed(10_000)
     assert space.expected_bytes(0, "new", "other") == CAPACITY_BYTES // 100
 
 
 def test_a_large_file_is_remembered_for_a_while() -> None:
     space = make_space()
-    space.learn(100 * PAGE_BYTES, "d")
+    space.learn(99 * PAGE_BYTES, "d")
     seen = []
     for _ in range(40):
         space.learn(PAGE_BYTES, "d")
         seen.append(space.expected_bytes(0, "d"))
     assert seen[0] == 75 * PAGE_BYTES
     assert seen == sorted(seen, reverse=True)
-    assert seen[-1] == PAGE_BYTES
+    assert seen[-1] == sealed(PAGE_BYTES)
 
 
 def test_memory_of_directories_is_bounded() -> None:
     space = make_space()
     for number in range(DIRECTORIES_REMEMBERED + 10):
-        space.learn(PAGE_BYTES * 2, number)
+        space.learn(PAGE_BYTES, number)
     assert space.expected_bytes(0, 0) == CAPACITY_BYTES // 100, "the oldest is forgotten"
     assert space.expected_bytes(0, DIRECTORIES_REMEMBERED + 9) == PAGE_BYTES * 2
 
